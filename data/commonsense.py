@@ -1,0 +1,167 @@
+"""Records -> prompts -> token ids -> one packed row.
+
+A record is {"task", "question", "choices", "label"} (boolq has a "passage" too), made by prepare.py. It becomes text
+in one of two forms:
+
+    label   the papers' (LLM-Adapters, DoRA, HiRA, GateRA): an instruction that lists the choices, answered by
+            "the correct answer is answer2". Small models are near chance here before training.
+    cloze   lm-evaluation-harness's: the question alone, and each choice's own text as a possible continuation.
+
+In both forms a question is a prompt and one answer text for each choice. `pack` lays any number of questions, with one
+answer (training) or all of them (scoring), into one row without padding.
+"""
+import re
+from typing import NamedTuple
+
+import torch
+
+from data.download import UserError
+
+FORMS = ("cloze", "label")
+
+# ------------------------------------------------------------------------------------------ record -> text
+
+# How a task words its instruction, names its labels, and joins the lettered choices (PIQA and WinoGrande differ).
+CHOOSE = "Please choose the correct "
+INSTRUCTION = {
+    "boolq": ("Please answer the following question with true or false, question: {question}?", None, ""),
+    "piqa": (CHOOSE + "solution to the question: {question}", "solution", "\n\n"),
+    "hellaswag": (CHOOSE + "ending to complete the given sentence: {question}", "ending", " "),
+    "winogrande": (CHOOSE + "answer to fill in the blank to complete the given sentence: {question}", "option", " "),
+}
+DEFAULT_INSTRUCTION = (CHOOSE + "answer to the question: {question}", "answer", " ")
+# HiRA's template. The two spaces are the papers' own.
+PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.  "
+          "\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+
+
+def label_names(record: dict) -> list[str]:
+    """What the label form calls the choices: true and false, or solution1, solution2, ..."""
+    _, word, _ = INSTRUCTION.get(record["task"], DEFAULT_INSTRUCTION)
+    return record["choices"] if word is None else [f"{word}{i + 1}" for i in range(len(record["choices"]))]
+
+
+def instruction(record: dict) -> str:
+    """The instruction of the label form, byte for byte the papers'."""
+    text, word, separator = INSTRUCTION.get(record["task"], DEFAULT_INSTRUCTION)
+    text = text.format(question=record["question"])
+    names = label_names(record)
+    if word is not None:
+        text += "\n\n" + separator.join(f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
+    return text + (" " if record["task"] == "winogrande" else "\n\n") + "Answer format: " + "/".join(names)
+
+
+def label_form(record: dict) -> list[tuple[str, str]]:
+    """[(prompt, answer)] for each choice of a record."""
+    prompt = PROMPT.format(instruction=instruction(record))
+    return [(prompt, f"the correct answer is {name}") for name in label_names(record)]
+
+
+def without_tags(text: str) -> str:
+    """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def cloze_form(record: dict) -> list[tuple[str, str]]:
+    """[(prompt, answer)] for each choice of a record."""
+    task, question, choices = record["task"], record["question"], record["choices"]
+    if task == "winogrande":  # "partial" scoring: the choice goes into the blank, the rest of the sentence is scored
+        before, blank, after = question.partition("_")
+        if not blank:
+            raise UserError(f"a winogrande question without its blank '_': {question!r}")
+        return [(before + choice, " " + after.strip()) for choice in choices]
+    if task == "boolq":
+        passage = f"{record['passage']}\n" if record.get("passage") else ""
+        return [(f"{passage}Question: {question}?\nAnswer:", " yes" if choice == "true" else " no") for choice in choices]
+    if task == "hellaswag":
+        return [(without_tags(question), " " + without_tags(choice)) for choice in choices]
+    if task == "social_i_qa":
+        prompt = f"Q: {question}\nA:"
+    elif task == "openbookqa":
+        prompt = question
+    else:  # ARC, PIQA, and a task of your own
+        prompt = f"Question: {question}\nAnswer:"
+    return [(prompt, f" {choice}") for choice in choices]
+
+
+def to_text(record: dict, form: str) -> list[tuple[str, str]]:
+    return {"label": label_form, "cloze": cloze_form}[form](record)
+
+
+# ------------------------------------------------------------------------------------------- text -> tokens
+
+class Question(NamedTuple):
+    """A prompt and possible answers, as token ids. `cut` counts the prompt tokens that did not fit."""
+    prompt: list[int]
+    answers: list[list[int]]
+    cut: int = 0
+
+
+def encode(tokenizer, prompt: str, answers: list[str], max_len: int, end: bool = False) -> Question:
+    """Token ids of a prompt and answers that continue it.
+
+    Prompt and answer are tokenised apart, so that they are cut into the same tokens in training and in scoring. A
+    question longer than `max_len` tokens loses the start of its prompt, never any of its answer. With `end`
+    the answers close with the end-of-text token: trained, so that generation stops, but not scored.
+    """
+    first = [] if tokenizer.bos is None else [tokenizer.bos]
+    ids, tails = tokenizer.encode(prompt), [tokenizer.encode(answer) for answer in answers]
+    if end and tokenizer.eos is not None:
+        tails = [tail + [tokenizer.eos] for tail in tails]
+    # the last token of an answer is predicted but never read, so it takes no room
+    room = max_len + 1 - len(first) - max(map(len, tails))
+    if not all(tails) or not first + ids:
+        raise UserError(f"an empty prompt or answer: {prompt!r}, {answers!r}")
+    if room < 1:
+        raise UserError(f"an answer of {max(map(len, tails))} tokens does not fit into {max_len}: raise --max-len")
+    cut = max(0, len(ids) - room)
+    return Question(first + ids[cut:], tails, cut)
+
+
+def training_question(record: dict, form: str, tokenizer, max_len: int) -> Question:
+    """The record's prompt and its right answer, closed by the end-of-text token."""
+    prompt, answer = to_text(record, form)[record["label"]]
+    return encode(tokenizer, prompt, [answer], max_len, end=True)
+
+
+def scoring_questions(record: dict, form: str, tokenizer, max_len: int) -> list[Question]:
+    """All choices of a record. They share one Question where they share a prompt (all tasks but cloze WinoGrande)."""
+    pairs = to_text(record, form)
+    if len({prompt for prompt, _ in pairs}) == 1:
+        return [encode(tokenizer, pairs[0][0], [answer for _, answer in pairs], max_len)]
+    return [encode(tokenizer, prompt, [answer], max_len) for prompt, answer in pairs]
+
+
+# ------------------------------------------------------------------------------------- tokens -> packed row
+
+class Packed(NamedTuple):
+    """Questions laid end to end in one row of N tokens: each prompt once, then its answers. See Transformer.forward."""
+    ids: torch.Tensor        # (1, N)  token ids
+    documents: torch.Tensor  # (D, L)  one document an answer: the places in the row of its prompt and itself, then -1
+    select: torch.Tensor     # (M,)    the places whose logits predict an answer token
+    targets: torch.Tensor    # (M,)    that token
+    owner: torch.Tensor      # (M,)    the answer, 0 to D - 1, that it belongs to
+    is_answer: torch.Tensor  # (1, N)  False on prompt tokens, True on answer tokens
+
+    def to(self, device) -> "Packed":
+        return Packed(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def pack(questions: list[Question]) -> Packed:
+    """Packs questions into one row. The row holds what is read: all of a prompt, and an answer but its last token."""
+    ids, documents, select, targets, owner, is_answer = [], [], [], [], [], []
+    for prompt, answers, _ in questions:
+        shared = list(range(len(ids), len(ids) + len(prompt)))
+        ids += prompt
+        is_answer += [False] * len(prompt)
+        for answer in answers:
+            own = list(range(len(ids), len(ids) + len(answer) - 1))
+            ids += answer[:-1]
+            is_answer += [True] * len(own)
+            select += [shared[-1], *own]  # the last prompt token predicts the first answer token
+            targets += answer
+            owner += [len(documents)] * len(answer)
+            documents.append(torch.tensor(shared + own))
+    grid = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-1)
+    return Packed(torch.tensor([ids]), grid, torch.tensor(select), torch.tensor(targets), torch.tensor(owner),
+                  torch.tensor([is_answer]))

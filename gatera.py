@@ -1,0 +1,339 @@
+"""GateRA (arXiv 2511.17582, AAAI 2026): token-aware gates on LoRA, DoRA and HiRA.
+
+    model = Transformer.from_pretrained("smollm2-135m")
+    inject_adapters(model, AdapterConfig(method="hira", gate="token", r=32))
+
+One formula covers every method here. For a frozen linear layer y = W0 x + b and the input x_t of token t:
+
+    y_t = W0 x_t + b + g(x_t) * Delta(x_t)                              (GateRA, token gate)
+
+    LoRA  (arXiv 2106.09685)             Delta(x) = s B A x                     s = alpha / r
+    DoRA  (arXiv 2402.09353)             Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x,   n = row norms of W0 + s B A
+    HiRA  (ICLR 2025)                    Delta(x) = (W0 ⊙ B A) x
+
+    gate "none"    g = 1                            the published, ungated method
+    gate "token"   g(x) = sigmoid(w_g . x + b_g)    one scalar for each token in each adapted layer
+    gate "static"  g = sigmoid(b_g)                 the paper's ablation: one scalar for each adapted layer
+
+GateRA as the paper evaluates it is HiRA with the token gate. A (r, in) starts random and B (out, r) at zero, so
+Delta starts at exactly 0 and the model at exactly its base; g = 0 gives the base back, g = 1 the published method.
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.autograd.function import once_differentiable
+
+from data.download import UserError
+
+METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
+
+
+@dataclass
+class AdapterConfig:
+    method: str = "hira"           # lora, dora or hira
+    gate: str = "token"            # none, token or static
+    r: int = 32                    # rank of B A
+    alpha: float | None = None     # LoRA's and DoRA's scaling numerator; None: 2 r. HiRA has none
+    rslora: bool = False           # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
+    dropout: float = 0.0           # on the input of Delta
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's choice
+    gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
+
+    def __post_init__(self):
+        self.targets = tuple(self.targets)
+        wrong = [f"{name} {value!r}; expected {expected}" for name, value, fine, expected in (
+            ("method", self.method, self.method in METHODS, "one of " + ", ".join(METHODS)),
+            ("gate", self.gate, self.gate in GATES, "one of " + ", ".join(GATES)),
+            ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
+            ("alpha", self.alpha, self.alpha is None or self.alpha > 0, "a positive number"),
+            ("dropout", self.dropout, 0 <= self.dropout < 1, "a number from 0 up to, not including, 1"),
+            ("targets", self.targets, len(self.targets) > 0, "at least one layer name"),
+        ) if not fine]
+        if wrong:
+            raise UserError("adapter: " + "; ".join(wrong))
+
+    @property
+    def scaling(self) -> float:
+        """s of LoRA and DoRA."""
+        alpha = 2 * self.r if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+# --------------------------------------------------------------------------------- HiRA, with its own backward
+
+class GatedHadamard(torch.autograd.Function):
+    """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out.
+
+    x (N, in), W0 (out, in), A (r, in), B (out, r), g (N, 1) or None for g = 1. Returns (N, out).
+
+    Autograd would keep the dense product W0 ⊙ B A of every layer until the backward: a second copy of the model.
+    Making it again costs r / N of a product with W0, so only the inputs are kept. With u_t = (W0 ⊙ B A)^T dy_t:
+
+        dL/dx_t    = g_t u_t
+        dL/dg_t    = x_t . u_t                                 (= dy_t . Delta(x_t), without keeping Delta)
+        dL/d(BA)   = sum_t g_t  W0 ⊙ (dy_t x_t^T)              (GateRA, soft gradient masking)
+
+    The last line is the theorem: token t moves the adapter by its gate's share, at most
+    g_t max|W0| ||dy_t|| ||x_t|| in the Frobenius norm, and not at all where the gate is closed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W0, A, B, g):
+        ctx.save_for_backward(x, W0, A, B, g)
+        dense = W0 * (B.to(x.dtype) @ A.to(x.dtype))                    # (out, in)
+        y = x @ dense.t()                                               # (N, out)
+        return y if g is None else y.mul_(g.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, W0, A, B, g = ctx.saved_tensors
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        u = dy @ (W0 * (b @ a))                                         # (N, in)
+        dg = None
+        if g is not None:
+            dg = (x * u).sum(-1, keepdim=True, dtype=g.dtype)           # (N, 1)
+            u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)
+        dBA = (dy.t() @ x).mul_(W0)                                     # (out, in)
+        dA, dB = b.t() @ dBA, dBA @ a.t()                               # (r, in), (out, r)
+        return u, None, dA.to(A.dtype), dB.to(B.dtype), dg
+
+
+# ------------------------------------------------------------------------------------------- the adapted layer
+
+class GatedLinear(nn.Module):
+    """A frozen nn.Linear with an adapter and a gate; `weight` and `bias` keep their names in the state dict.
+
+    forward: x (..., in) -> (..., out). `gate_logit` (..., 1) holds the gate's z = w_g . x + b_g of the last forward,
+    in float32, for the entropy term and for looking at; None without a gate.
+    """
+
+    def __init__(self, linear: nn.Linear, config: AdapterConfig):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.method, self.gate, self.scaling, self.dropout = config.method, config.gate, config.scaling, config.dropout
+        out_features, in_features = self.weight.shape
+        # Adapters stay in float32 (or better) beside a bf16 base: their updates are too small for bf16's 8 bits.
+        options = dict(dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device)
+        # drawn on the CPU, so that a seed means the same adapter on every device
+        A = torch.empty(config.r, in_features, dtype=options["dtype"])
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(options["device"]))
+        self.B = nn.Parameter(torch.zeros(out_features, config.r, **options))
+        if self.method == "dora":
+            squared = self.weight.detach().to(options["dtype"]).square().sum(1)                  # (out,)
+            self.register_buffer("weight_norm_squared", squared, persistent=False)
+            self.m = nn.Parameter(self.row_norm())                                               # (out,)
+        if self.gate == "token":
+            self.w_g = nn.Parameter(torch.zeros(in_features, **options))
+        if self.gate != "none":
+            self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, **options))
+        self.gate_logit = None
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
+
+    @torch.no_grad()  # DoRA, section 4.3: the norm is a constant for the gradient
+    def row_norm(self) -> torch.Tensor:
+        """n = row norms (out,) of W0 + s B A, without making that matrix:
+        n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
+        A, B, s = self.A, self.B, self.scaling
+        cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
+        return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        W0 = self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+
+        # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
+        g = None
+        if self.gate == "token":
+            self.gate_logit = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g   # (..., 1)
+        elif self.gate == "static":
+            self.gate_logit = self.b_g.expand(*x.shape[:-1], 1)
+        if self.gate != "none":
+            g = torch.sigmoid(self.gate_logit)
+
+        x_in = F.dropout(x, self.dropout, self.training)
+        if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
+            flat = x_in.reshape(-1, x.shape[-1])
+            delta = GatedHadamard.apply(flat, W0, self.A, self.B, None if g is None else g.reshape(-1, 1))
+            return F.linear(x, W0, bias) + delta.view(*x.shape[:-1], -1)
+
+        # g * s B A x: the gate scales the r numbers between A and B rather than the many after B
+        low = self.scaling * F.linear(x_in, self.A.to(x.dtype))                 # (..., r)
+        if g is not None:
+            low = low * g.to(x.dtype)
+        delta = F.linear(low, self.B.to(x.dtype))                               # (..., out)
+        if self.method == "lora":
+            return F.linear(x, W0, bias) + delta
+
+        # DoRA: g * ((m/n - 1) * W0 x + (m/n) * s B A x)
+        ratio = self.m / self.row_norm()                                        # (out,)
+        base = F.linear(x, W0)
+        base_in = base if x_in is x else F.linear(x_in, W0)
+        stretch = ((ratio - 1) if g is None else (ratio - 1) * g).to(x.dtype)   # (out,) or (..., out)
+        y = base + stretch * base_in + ratio.to(x.dtype) * delta
+        return y if bias is None else y + bias
+
+
+def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Freezes `model` and replaces each targeted nn.Linear by a GatedLinear around the same weight, in place.
+
+    Returns the names of the adapted layers. Raises UserError for a target that names no layer or a rank that
+    is larger than a matrix. Order: load the base, inject, load an adapter, compile.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    leaves = {name.rpartition(".")[2] for name in linears}
+    if any(isinstance(module, GatedLinear) for module in model.modules()):
+        raise UserError("the model already has adapters; merge them or load the base again")
+    if unknown := [target for target in config.targets if target not in leaves]:
+        raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(sorted(leaves))}")
+    chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in config.targets}
+    smallest = min(min(linear.weight.shape) for linear in chosen.values())
+    if config.r > smallest:
+        raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
+    model.requires_grad_(False)
+    for name, linear in chosen.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, GatedLinear(linear, config))
+    model.adapter_config = config
+    return list(chosen)
+
+
+def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
+    """{name: layer} of the adapted layers, in the order of the forward's blocks."""
+    return {name.removeprefix("_orig_mod."): m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
+
+
+def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{name: parameter} of everything that trains, and nothing else."""
+    return {f"{name}.{leaf}": p for name, layer in gated_layers(model).items()
+            for leaf, p in layer.adapter_parameters().items()}
+
+
+# -------------------------------------------------------------------------------------------------- the gates
+
+def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the tokens and gates of the last forward
+    (GateRA, entropy regularisation). A small entropy is a gate near 0 or 1.
+
+    From the logit it is exact and needs no clamp:  H(z) = softplus(z) - z sigmoid(z).
+    mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates.
+    """
+    logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
+    if not logits:
+        return torch.zeros((), device=next(model.parameters()).device)
+    z = torch.cat(logits, dim=-1)                                               # (B, T, gates)
+    if mask is not None:
+        z = z[mask]
+    return (F.softplus(z) - z * torch.sigmoid(z)).mean()
+
+
+def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{layer name: g (B, T)} of the last forward; empty for a model without gates."""
+    return {name: torch.sigmoid(layer.gate_logit.detach()).squeeze(-1)
+            for name, layer in gated_layers(model).items() if layer.gate_logit is not None}
+
+
+# ------------------------------------------------------------------------------------------- to disk and back
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_adapter(model: nn.Module, directory) -> None:
+    """Writes adapter.safetensors (the adapter's tensors alone) and adapter.json (its AdapterConfig)."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter_state(model).items()}
+    if not tensors:
+        raise UserError("the model has no adapter to save")
+    config = json.dumps(asdict(model.adapter_config), indent=2) + "\n"
+    write_atomically(Path(directory) / "adapter.safetensors", lambda path: save_file(tensors, path))
+    write_atomically(Path(directory) / "adapter.json", lambda path: path.write_text(config))
+
+
+def load_adapter(model: nn.Module, directory) -> AdapterConfig:
+    """Injects the adapter that `save_adapter` wrote to `directory` into a base model, or overwrites the values of an
+    adapter already there. Strict: UserError names missing, surplus and misshapen tensors and broken files."""
+    file = Path(directory) / "adapter.safetensors"
+    config = read_adapter_config(directory)
+    try:
+        with safe_open(file, framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: broken or truncated ({error})") from None
+    if not gated_layers(model):
+        inject_adapters(model, config)
+    elif model.adapter_config != config:
+        raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
+    own = adapter_state(model)
+    wrong = [f"missing {name}" for name in own if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in own]
+    wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
+              for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{file}: does not fit this base model: {'; '.join(wrong[:4])}{more}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    return config
+
+
+def read_adapter_config(directory) -> AdapterConfig:
+    """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
+    file = Path(directory) / "adapter.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
+            raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
+        return AdapterConfig(**raw)
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{file}: not an adapter's configuration ({error})") from None
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
+
+    LoRA: W0 + s B A.   DoRA: (m/n) * (W0 + s B A).   HiRA: W0 ⊙ (1 + B A).
+    Raises UserError for a gated adapter: its weight would be another one for every token.
+    """
+    for name, layer in gated_layers(model).items():
+        if layer.gate != "none":
+            raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
+    for name, layer in gated_layers(model).items():
+        W0, BA = layer.weight.to(layer.A.dtype), layer.B @ layer.A               # (out, in)
+        if layer.method == "hira":
+            W = W0 + W0 * BA
+        else:
+            W = W0 + layer.scaling * BA
+        if layer.method == "dora":
+            W = W * (layer.m / layer.row_norm())[:, None]
+        linear = nn.Linear(W.shape[1], W.shape[0], bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False), layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+    model.adapter_config = None

@@ -1,0 +1,658 @@
+"""One transformer, written from scratch, that is GPT-2 or Llama depending on its config.
+
+    python -c "from model import *; print(Transformer.from_pretrained('smollm2-135m'))"
+
+Both families are the same residual stream with attention and an MLP per block:
+
+    x = x + attention(norm(x));   x = x + mlp(norm(x))
+
+and `TransformerConfig` names every place where they differ. GPT-2 (Radford et al. 2019) and Llama
+(Touvron et al., arXiv 2302.13971) share one set of layer names here: q_proj, k_proj, v_proj, o_proj,
+up_proj, down_proj, so that the adapters of gatera.py mean the same in both. Llama has one more,
+`gate_proj`, the gate of its SwiGLU MLP: it is a frozen base weight and not the gate of the GateRA paper.
+
+Order of this file: config, the transformer, generation, pretrained weights, tokenizer.
+
+Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary;
+N tokens of a packed row, D documents in it.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
+
+from data.download import UserError, fetch_model, smollm2_135m
+
+
+# ---------------------------------------------------------------------------------------------- config
+
+@dataclass
+class TransformerConfig:
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_ff: int                        # width of the MLP
+    max_len: int                     # longest document seen in pretraining
+    n_kv_head: int = 0               # grouped-query attention (arXiv 2305.13245); 0: as many as n_head
+    head_dim: int = 0                # 0: d_model / n_head
+    # where the families differ:              Llama            GPT-2
+    norm: str = "rmsnorm"            #        rmsnorm          layernorm
+    norm_eps: float = 1e-5
+    positions: str = "rotary"        #        rotary           learned
+    mlp: str = "swiglu"              #        swiglu           gelu (its tanh approximation)
+    attention_bias: bool = False     #        False            True
+    mlp_bias: bool = False           #        False            True
+    tied_head: bool = False          #        small models     True: the head is the embedding, transposed
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None # Llama 3.1's frequencies, see `inverse_frequencies`
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
+
+    @classmethod
+    def from_name(cls, name: str) -> "TransformerConfig":
+        """The config of a published model (`CONFIGS`). Raises UserError for a name that is not there."""
+        if name not in CONFIGS:
+            raise UserError(f"no config named '{name}'; known: {', '.join(CONFIGS)}")
+        return cls(**CONFIGS[name])
+
+
+def _gpt2(n_layer, n_head, d_model):
+    return dict(vocab_size=50257, n_layer=n_layer, n_head=n_head, d_model=d_model, d_ff=4 * d_model, max_len=1024,
+                norm="layernorm", positions="learned", mlp="gelu", attention_bias=True, mlp_bias=True, tied_head=True)
+
+
+_LLAMA_31_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=8192)
+_LLAMA_3 = dict(vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, max_len=8192,
+                rope_theta=500000.0)
+_LLAMA_32 = dict(vocab_size=128256, n_kv_head=8, d_ff=8192, max_len=131072, rope_theta=500000.0, tied_head=True,
+                 rope_scaling=_LLAMA_31_ROPE | {"factor": 32.0})
+CONFIGS = {
+    "gpt2": _gpt2(12, 12, 768),
+    "gpt2-medium": _gpt2(24, 16, 1024),
+    "gpt2-large": _gpt2(36, 20, 1280),
+    "gpt2-xl": _gpt2(48, 25, 1600),
+    "smollm2-135m": dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, d_model=576, d_ff=1536, max_len=8192,
+                         rope_theta=100000.0, tied_head=True),
+    "llama-2-7b": dict(vocab_size=32000, n_layer=32, n_head=32, d_model=4096, d_ff=11008, max_len=4096),
+    "llama-3-8b": _LLAMA_3,
+    "llama-3.1-8b": _LLAMA_3 | dict(max_len=131072, rope_scaling=_LLAMA_31_ROPE),
+    "llama-3.2-1b": _LLAMA_32 | dict(n_layer=16, n_head=32, d_model=2048),
+    "llama-3.2-3b": _LLAMA_32 | dict(n_layer=28, n_head=24, d_model=3072),
+}
+
+
+# --------------------------------------------------------------------------------------------- positions
+
+def inverse_frequencies(config: TransformerConfig, device=None) -> torch.Tensor:
+    """The rotation speed of each pair of channels, (S/2,), in radians a token.
+
+    RoPE (arXiv 2104.09864, section 3.2.2): theta_i = base^(-2i / S). Llama 3.1 slows the slow ones by `factor`,
+    leaves the fast ones, and blends in between (Llama 3 report, arXiv 2407.21783; Meta's reference code).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    theta = 1.0 / (config.rope_theta ** exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return theta
+    if scaling["rope_type"] == "factors":  # llama.cpp stores the finished divisors instead of their recipe
+        return theta / torch.tensor(scaling["factors"], device=device)
+    wavelength = 2 * math.pi / theta  # tokens a turn
+    turns = scaling["original_max_position_embeddings"] / wavelength  # turns in the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = (turns - low) / (high - low)
+    blended = (1 - smooth) * (theta / scaling["factor"]) + smooth * theta
+    return torch.where(turns < low, theta / scaling["factor"], torch.where(turns > high, theta, blended))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns channel pair (i, i + S/2) of x (B, T, H, S) by its token's angle; cos, sin (B, T, 1, S)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# ------------------------------------------------------------------------------------------- transformer
+
+class Flow(NamedTuple):
+    """What every block needs to know about the tokens beside their activations."""
+    rotary: tuple | None        # cos, sin: (B, T, 1, S)
+    grid: torch.Tensor | None   # (D, L) packed row -> documents: which token of the row is token t of document d
+    slot: torch.Tensor | None   # (N,)   documents -> packed row: where each token's result is to be found
+    cache: "KVCache | None"
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for decoding: a pair of (B, max_len, K, S) for each layer."""
+
+    def __init__(self, config: TransformerConfig, batch: int, max_len: int, dtype, device):
+        shape = (batch, max_len, config.n_kv_head, config.head_dim)
+        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(config.n_layer)]
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.max_len, self.mask, self.positions = max_len, None, None
+
+    def at(self, positions: torch.Tensor) -> "KVCache":
+        """Points at the slots (B, T) that the next tokens fill; each sees the slots up to its own."""
+        self.positions = positions
+        self.mask = torch.arange(self.max_len, device=positions.device) <= positions[:, None, :, None]  # (B, 1, T, max_len)
+        return self
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[self.rows, self.positions] = new.to(kept.dtype)
+        return self.layers[layer]
+
+
+def make_norm(config: TransformerConfig) -> nn.Module:
+    # layernorm: (x - mean) / sqrt(var + eps) * weight + bias        rmsnorm: x / sqrt(mean(x^2) + eps) * weight
+    return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm](config.d_model, eps=config.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        q_dim, kv_dim, bias = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.d_model, q_dim, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_dim, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_dim, bias=bias)
+        self.o_proj = nn.Linear(q_dim, config.d_model, bias=bias)
+
+    def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)     # (B, T, H, S)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, K, S)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        if flow.rotary is not None:
+            q, k = rotate(q, *flow.rotary), rotate(k, *flow.rotary)
+        if flow.cache is not None:
+            k, v = flow.cache.update(self.layer, k, v)                # (B, max_len, K, S)
+        if flow.grid is not None:                                     # one packed row -> (D, L, heads, S)
+            q, k, v = (z[0][flow.grid] for z in (q, k, v))
+        # softmax(q k^T / sqrt(S)) v (arXiv 1706.03762, equation 1); each group of H / K query heads shares a key head
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))              # (B, heads, T, S)
+        mask = None if flow.cache is None else flow.cache.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.n_head != self.n_kv_head)
+        y = y.transpose(1, 2).flatten(2)                              # (B, T, H * S)
+        if flow.grid is not None:
+            y = y.flatten(0, 1)[flow.slot][None]                      # (D, L, H * S) -> (1, N, H * S)
+        return self.o_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.swiglu = config.mlp == "swiglu"
+        if self.swiglu:
+            self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)  # SwiGLU's, not GateRA's
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> (B, T, C)
+        if self.swiglu:  # arXiv 2002.05202: W_down (silu(W_gate x) * W_up x)
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x: torch.Tensor, flow: Flow) -> torch.Tensor:
+        x = x + self.attn(self.attn_norm(x), flow)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.positions == "learned":
+            self.position_embed = nn.Embedding(config.max_len, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+        self.gradient_checkpointing = False  # recompute each block in the backward instead of keeping its activations
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor | None = None, documents: torch.Tensor | None = None,
+                select: torch.Tensor | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """Next-token logits.
+
+        ids        (B, T) token ids. Rows are independent; pad short rows on the right, nothing looks to the right.
+        positions  (B, T) position of each token in its document; the default counts from 0 in each document.
+        documents  (D, L) packs D documents into one row, B = 1: documents[d, t] is the index in the row of token t
+                   of document d, -1 past its end. A document sees itself alone. Documents may share tokens at
+                   their start: the choices of a question share its prompt, which is then computed once.
+        select     (M,) indices into the B * T tokens for which logits are wanted; None: all of them.
+        cache      keys and values of earlier tokens; `positions` are then required, and say which slots to fill.
+        Returns (M, V), or (B, T, V) without `select`. Raises ValueError where shapes do not fit together.
+        """
+        config, (B, T) = self.config, ids.shape
+        grid = slot = None
+        if documents is not None:
+            if B != 1 or cache is not None:
+                raise ValueError(f"documents pack one row without a cache; got {B} rows, cache {cache is not None}")
+            # The inverse of the grid: cell d * L + t for the token in it. Cells past a document's end (-1) write to
+            # a spare place; cells that share a token hold the same result, and any of them will do.
+            cells = torch.arange(documents.numel(), device=ids.device)
+            slot = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
+            grid = documents.clamp(min=0)
+            if positions is None:
+                positions = (slot % documents.shape[1])[None]
+        elif positions is None:
+            if cache is not None:
+                raise ValueError("a cache needs positions: the slot of each token")
+            positions = torch.arange(T, device=ids.device).expand(B, T)
+        if config.positions == "learned" and (documents if documents is not None else ids).shape[1] > config.max_len:
+            raise ValueError(f"a document is longer than the {config.max_len} positions this model has learned")
+
+        x = self.embed(ids)                                                        # (B, T, C)
+        rotary = None
+        if config.positions == "learned":
+            x = x + self.position_embed(positions)
+        else:  # angles in float32 whatever the model's dtype: bf16 cannot count to 1000
+            angles = positions[..., None].float() * inverse_frequencies(config, ids.device)  # (B, T, S/2)
+            angles = torch.cat((angles, angles), dim=-1)[:, :, None]               # (B, T, 1, S)
+            rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+        flow = Flow(rotary, grid, slot, None if cache is None else cache.at(positions))
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, flow, use_reentrant=False)
+            else:
+                x = block(x, flow)
+        if select is not None:
+            x = x.flatten(0, 1)[select]                                            # (M, C)
+        return self.head(self.norm(x))
+
+    # --------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
+                 temperature: float = 0.0, top_k: int | None = None,
+                 generator: torch.Generator | None = None) -> list[list[int]]:
+        """Continues each prompt (token ids, lengths may differ) by up to `max_new_tokens`, with a KV cache.
+
+        temperature 0 takes the likeliest token; above 0 samples from softmax(logits / temperature), from the
+        `top_k` likeliest if given. Returns the new ids, without `stop`. Raises ValueError for an empty prompt
+        or one that leaves no room.
+        """
+        if not prompts or not all(prompts):
+            raise ValueError("generate needs at least one prompt, each with at least one token")
+        device, lengths = self.embed.weight.device, torch.tensor([len(p) for p in prompts])
+        total = int(lengths.max()) + max_new_tokens
+        if total > self.config.max_len:
+            raise ValueError(f"{int(lengths.max())} prompt and {max_new_tokens} new tokens exceed the context of "
+                             f"{self.config.max_len}")
+        # Rows are padded on the right. A pad's key sits in a slot that no real token sees until a generated
+        # token has overwritten it, so neither masks nor positions know of padding.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+        lengths = lengths.to(device)
+        cache = KVCache(self.config, len(prompts), total, self.blocks[0].attn.k_proj.weight.dtype, device)
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        last = torch.arange(len(prompts), device=device) * ids.shape[1] + lengths - 1  # each prompt's last token
+        out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            logits = self(ids, positions=positions, cache=cache, select=last).float()  # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)[:, 0]
+            out.append(new)
+            if stop is not None:
+                done |= new == stop
+                if done.all():
+                    break
+            ids, positions, last = new[:, None], (lengths + step)[:, None], None
+            last = torch.arange(len(prompts), device=device)
+        rows = torch.stack(out, dim=1).tolist() if out else [[] for _ in prompts]
+        return [row[:row.index(stop)] if stop in row else row for row in rows]
+
+    # ------------------------------------------------------------------------------- pretrained weights
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
+        """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU).
+
+        name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl; smollm2-135m (from the package index); a hub id of
+        GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
+        Loading is strict: UserError names the missing, surplus and misshapen weights, or a file that is broken.
+        """
+        path = find_model(name_or_path)
+        config, weights = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)
+        with torch.device("meta"):
+            model = cls(config)  # shapes alone; each weight gets its memory when it is read
+        load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
+        return model
+
+
+def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.device, source) -> None:
+    """Puts (name, tensor) pairs into a model on the meta device, one at a time, checking every name and shape."""
+    missing = {name for name, _ in model.named_parameters()}  # a tied head is listed once, as embed.weight
+    wrong = []
+    for name, tensor in weights:
+        if name not in missing:
+            wrong.append(f"unexpected {name}")
+            continue
+        missing.remove(name)
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        expected = getattr(module, leaf).shape
+        if tensor.shape != expected:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected)}")
+            continue
+        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False))
+    wrong += [f"missing {name}" for name in sorted(missing)]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(wrong[:4])}{more}")
+    if model.config.tied_head:
+        model.head.weight = model.embed.weight
+
+
+def find_model(name_or_path: str) -> Path:
+    """The local file or directory of a model, downloaded if need be (data/download.py)."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file() or path.is_dir():
+        return path
+    if name_or_path == "smollm2-135m":
+        return smollm2_135m()
+    if path.suffix == ".gguf" or path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"{name_or_path}: no such model file or directory")
+    if path.is_file():
+        raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
+    return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer files") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_directory(directory: Path):
+    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+    raw = read_json(directory / "config.json")
+    family = raw.get("model_type")
+    if family not in ("gpt2", "llama"):
+        raise UserError(f"{directory}: architecture '{family}' is not supported; gpt2 and llama are")
+    try:
+        config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
+    except KeyError as error:
+        raise UserError(f"{directory / 'config.json'}: field {error} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
+    if (directory / "model.safetensors.index.json").exists():
+        names = sorted(set(read_json(directory / "model.safetensors.index.json")["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [directory / Path(name).name for name in names]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
+
+    def weights():
+        rename = gpt2_weights if family == "gpt2" else llama_weights
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for key in tensors.keys():
+                        yield from rename(key, tensors.get_tensor(key), config)
+            except SafetensorError as error:
+                raise UserError(f"{file}: broken or truncated ({error}); fetch it again") from None
+    return config, weights()
+
+
+def _require(raw: dict, **allowed):
+    """Refuses settings of a config.json that this transformer does not compute."""
+    for field, values in allowed.items():
+        if field in raw and raw[field] not in values:
+            raise ValueError(f"{field} = {raw[field]!r} is not supported; expected {' or '.join(map(repr, values))}")
+
+
+def gpt2_config(raw: dict) -> TransformerConfig:
+    _require(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+             scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), tie_word_embeddings=(True,))
+    d_model = raw["n_embd"]
+    return TransformerConfig(
+        vocab_size=raw["vocab_size"], n_layer=raw["n_layer"], n_head=raw["n_head"], d_model=d_model,
+        d_ff=raw.get("n_inner") or 4 * d_model, max_len=raw["n_positions"], norm="layernorm",
+        norm_eps=raw.get("layer_norm_epsilon", 1e-5), positions="learned", mlp="gelu", attention_bias=True,
+        mlp_bias=True, tied_head=True)
+
+
+def llama_config(raw: dict) -> TransformerConfig:
+    _require(raw, hidden_act=("silu",))
+    rope = raw.get("rope_parameters") or (raw.get("rope_scaling") or {}) | {"rope_theta": raw.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope scaling '{kind}' is not supported; expected 'default' or 'llama3'")
+    scaling = None
+    if kind == "llama3":
+        scaling = {"rope_type": "llama3"} | {key: rope[key] for key in (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    return TransformerConfig(
+        vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=raw["num_attention_heads"],
+        n_kv_head=raw.get("num_key_value_heads") or 0, head_dim=raw.get("head_dim") or 0, d_model=raw["hidden_size"],
+        d_ff=raw["intermediate_size"], max_len=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
+        attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
+        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0), rope_scaling=scaling)
+
+
+GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "attn_norm", "ln_2": "mlp_norm",
+              "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
+LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
+               "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
+GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
+              "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
+              "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+              "ffn_down": "mlp.down_proj"}
+
+
+def gpt2_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
+    """Hugging Face's GPT-2 names -> ours. Its Conv1D keeps (in, out): transposed. Its c_attn is q, k, v: split."""
+    key = key.removeprefix("transformer.")
+    if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
+        return  # the causal mask, stored as if it were a weight; the head is the embedding
+    prefix = ""
+    if key.startswith("h."):
+        _, layer, key = key.split(".", 2)
+        prefix = f"blocks.{layer}."
+    key, _, kind = key.rpartition(".")
+    if key.startswith(("attn.", "mlp.")) and kind == "weight":
+        tensor = tensor.t()
+    if key == "attn.c_attn":
+        for name, part in zip("qkv", tensor.chunk(3)):
+            yield f"{prefix}attn.{name}_proj.{kind}", part.contiguous()
+    else:
+        yield f"{prefix}{GPT2_NAMES.get(key, key)}.{kind}", tensor.contiguous()
+
+
+def llama_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
+    """Hugging Face's Llama names -> ours."""
+    if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tied_head:
+        return  # computed from the config; the embedding
+    key = key.removeprefix("model.").replace("lm_head", "head")
+    prefix = ""
+    if key.startswith("layers."):
+        _, layer, key = key.split(".", 2)
+        prefix = f"blocks.{layer}."
+    first, dot, rest = key.partition(".")
+    yield f"{prefix}{LLAMA_NAMES.get(first, first)}{dot}{rest}", tensor
+
+
+def open_gguf(path: Path):
+    from gguf import GGUFReader  # only those who use a .gguf pay for the import
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable GGUF file ({error}); fetch it again") from None
+
+
+def read_gguf(path: Path):
+    """Config and weights, as (name, tensor) pairs, of a .gguf file; quantised weights are dequantised."""
+    from gguf.quants import dequantize
+    reader = open_gguf(path)
+    field = lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default  # noqa: E731
+    family = field("general.architecture")
+    if family != "llama":
+        raise UserError(f"{path}: architecture '{family}' is not supported in .gguf files; llama is")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    get = lambda tensor: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # noqa: E731
+    try:
+        n_head, scaling = field("llama.attention.head_count"), None
+        if "rope_freqs.weight" in tensors:
+            scaling = {"rope_type": "factors", "factors": get(tensors.pop("rope_freqs.weight")).tolist()}
+        config = TransformerConfig(
+            vocab_size=int(tensors["token_embd.weight"].shape[1]), n_layer=field("llama.block_count"), n_head=n_head,
+            n_kv_head=field("llama.attention.head_count_kv", n_head), head_dim=field("llama.attention.key_length", 0),
+            d_model=field("llama.embedding_length"), d_ff=field("llama.feed_forward_length"),
+            max_len=field("llama.context_length"), norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+            tied_head="output.weight" not in tensors, rope_theta=field("llama.rope.freq_base", 10000.0),
+            attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
+            rope_scaling=scaling)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: the metadata of a Llama model is incomplete ({error})") from None
+
+    def weights():
+        for key, packed in tensors.items():
+            tensor = get(packed)
+            prefix = ""
+            if key.startswith("blk."):
+                _, layer, key = key.split(".", 2)
+                prefix = f"blocks.{layer}."
+            name, _, kind = key.rpartition(".")
+            if name in ("attn_q", "attn_k"):
+                # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
+                # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
+                shape = tensor.shape
+                tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+            yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
+    return config, weights()
+
+
+# --------------------------------------------------------------------------------------------- tokenizer
+
+# How text is cut into words before byte-pair merges: a property of each tokenizer, by llama.cpp's name for it.
+SPLIT = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",  # digits one by one
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+class Tokenizer:
+    """Text <-> token ids, by tiktoken. `encode` treats all text as text: a special token's name has no power."""
+
+    def __init__(self, name: str, split: str, ranks: dict[bytes, int], special: dict[str, int], eos: int | None,
+                 bos: int | None = None):
+        import tiktoken
+        self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
+        self.eos = eos  # ends a text
+        self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.encoding.decode(ids)
+
+
+def byte_symbols() -> dict[str, int]:
+    """GPT-2's alphabet: a printable character for each of the 256 bytes. Bytes without one get chr(256), ..."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def byte_ranks(vocabulary: dict[str, int], special: set[str]) -> dict[bytes, int]:
+    """{token as bytes: id}. tiktoken merges the pair with the lowest id first, as byte-level BPE files are ordered."""
+    symbols = byte_symbols()
+    return {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+
+
+def load_tokenizer(name_or_path: str) -> Tokenizer:
+    """The tokenizer of a model (names as in `Transformer.from_pretrained`): byte-level BPE, from a .gguf file,
+    tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
+    path = find_model(name_or_path)
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(path)
+    if (path / "tokenizer.json").exists():
+        return json_tokenizer(path)
+    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if (path / vocab).exists() and (path / merges).exists():
+            vocabulary = read_json(path / vocab)
+            end = "<|endoftext|>"
+            special = {end: vocabulary[end]} if end in vocabulary else {}
+            return Tokenizer("gpt2", SPLIT["gpt-2"], byte_ranks(vocabulary, set(special)), special, special.get(end))
+    kind = "; it has a SentencePiece model, which is not byte-level BPE" if (path / "tokenizer.model").exists() else ""
+    raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
+
+
+def json_tokenizer(directory: Path) -> Tokenizer:
+    file = directory / "tokenizer.json"
+    raw = read_json(file)
+    model, steps = raw["model"], raw.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
+        raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
+                        "SentencePiece tokenizers, such as Llama 2's, are not supported")
+    if kinds == ["ByteLevel"]:
+        split = SPLIT["gpt-2"]
+    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        split = SPLIT["smollm"]
+    elif kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[-1].get("use_regex", True):
+        split = steps[0]["pattern"]["Regex"]
+    else:
+        raise UserError(f"{file}: this way of splitting words is not supported: {kinds}")
+    special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    ranks = byte_ranks(model["vocab"], set(special))
+    settings = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (directory / name).exists():
+            settings |= read_json(directory / name)
+    eos = settings.get("eos_token") or settings.get("eos_token_id")  # a name, a named dict, an id or a list of ids
+    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
+    template = raw.get("post_processor") or {}
+    template = [step for step in template.get("processors", [template]) if step.get("type") == "TemplateProcessing"]
+    first = template[0]["single"][0].get("SpecialToken", {}).get("id") if template else None
+    return Tokenizer(directory.name, split, ranks, special, special.get(eos, eos if isinstance(eos, int) else None),
+                     special.get(first))
+
+
+def gguf_tokenizer(file: Path) -> Tokenizer:
+    fields = open_gguf(file).fields
+    get = lambda key: fields[key].contents() if key in fields else None  # noqa: E731
+    kind, split = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
+    if kind != "gpt2" or split not in SPLIT:
+        raise UserError(f"{file}: tokenizer '{kind}' with splits '{split}' is not supported; expected 'gpt2' with "
+                        f"one of {', '.join(SPLIT)}")
+    NORMAL = 1
+    tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
+    special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
+    ranks = byte_ranks({token: i for i, token in enumerate(tokens)}, set(special))
+    bos = get("tokenizer.ggml.bos_token_id") if get("tokenizer.ggml.add_bos_token") else None
+    return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id"), bos)

@@ -1,0 +1,355 @@
+"""The transformer against Hugging Face's, against itself (packed, cached, selected), and its loading."""
+import json
+
+import pytest
+import torch
+
+from conftest import VOCAB, write_gpt2, write_llama
+from data.commonsense import Question, pack
+from data.download import UserError
+from model import CONFIGS, SPLIT, Transformer, TransformerConfig, byte_symbols, load_tokenizer
+
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=16)
+CHECKPOINTS = {
+    "gpt2": lambda d: write_gpt2(d),
+    "gpt2-hub-names": lambda d: write_gpt2(d, prefix=""),
+    "llama-mha": lambda d: write_llama(d, kv_heads=4),
+    "llama-gqa": lambda d: write_llama(d),
+    "llama-mqa-tied": lambda d: write_llama(d, kv_heads=1, tied=True),
+    "llama-head-dim": lambda d: write_llama(d, head_dim=12),
+    "llama-biases": lambda d: write_llama(d, bias=True),
+    "llama-rope-old": lambda d: write_llama(d, extra={"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE}),
+    "llama-rope-new": lambda d: write_llama(d, extra={"rope_theta": None, "rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0}}),
+    "llama-sharded": lambda d: write_llama(d, shards=3),
+    "llama-bf16": lambda d: write_llama(d, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_logits_and_greedy_tokens_equal_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    directory = CHECKPOINTS[kind](tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ours = Transformer.from_pretrained(directory)
+    ids = torch.randint(0, VOCAB, (3, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+    prompts = [ids[0, :5].tolist(), ids[1, :23].tolist(), ids[2, :1].tolist()]
+    for prompt, new in zip(prompts, ours.generate(prompts, 10)):
+        row = torch.tensor([prompt])
+        for _ in range(10):
+            with torch.no_grad():
+                row = torch.cat((row, theirs(row).logits[:, -1:].argmax(-1)), 1)
+        assert new == row[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_packed_row_equals_documents_on_their_own(family, request):
+    """Logits and gradients, float64; two documents share a prompt, which is then computed once."""
+    model = Transformer.from_pretrained(request.getfixturevalue(family), dtype=torch.float64).requires_grad_(True)
+    questions = [Question([5, 6, 7], [[8, 9], [10, 11, 12, 13]]), Question([14], [[15, 16, 17]])]
+    batch = pack(questions)
+    packed = model(batch.ids, documents=batch.documents, select=batch.select)
+    alone = torch.cat([model(torch.tensor([prompt + answer[:-1]]))[0, len(prompt) - 1:]
+                       for prompt, answers, _ in questions for answer in answers])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-10)
+    loss = lambda logits: torch.nn.functional.cross_entropy(logits, batch.targets)  # noqa: E731
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(loss(packed), parameters), torch.autograd.grad(loss(alone), parameters)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_packed_row_equals_a_padded_batch(llama):
+    model = Transformer.from_pretrained(llama, dtype=torch.float64).requires_grad_(True)
+    questions = [Question([1, 2, 3], [[4, 5]]), Question([6, 7], [[8, 9, 10, 11, 12]]), Question([13], [[14]])]
+    batch = pack(questions)
+    logits = model(batch.ids, documents=batch.documents, select=batch.select)
+    rows = [torch.tensor(q.prompt + q.answers[0][:-1]) for q in questions]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=99)
+    labels = torch.full_like(padded, -100)
+    for i, q in enumerate(questions):
+        labels[i, len(q.prompt) - 1:len(rows[i])] = torch.tensor(q.answers[0])
+    ours = torch.nn.functional.cross_entropy(logits, batch.targets)
+    theirs = torch.nn.functional.cross_entropy(model(padded).flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_selected_logits_and_cached_logits_equal_all_of_them(family, request):
+    from model import KVCache
+    model = Transformer.from_pretrained(request.getfixturevalue(family), dtype=torch.float64)
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    full = model(ids)
+    select = torch.tensor([3, 20, 11])
+    torch.testing.assert_close(model(ids, select=select), full.flatten(0, 1)[select], rtol=0, atol=1e-12)
+    cache, parts = KVCache(model.config, 2, 12, torch.float64, "cpu"), []
+    for start, stop in ((0, 5), (5, 6), (6, 12)):
+        positions = torch.arange(start, stop).expand(2, -1)
+        parts.append(model(ids[:, start:stop], positions=positions, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_no_gradient(llama):
+    model = Transformer.from_pretrained(llama, dtype=torch.float64).requires_grad_(True)
+    ids, grads = torch.arange(20)[None], []
+    for model.gradient_checkpointing in (False, True):
+        grads.append(torch.autograd.grad(model(ids).square().mean(), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_generate_samples_with_a_seed_and_stops(gpt2):
+    model = Transformer.from_pretrained(gpt2)
+    prompts = [[1, 2, 3], [4]]
+    greedy = model.generate(prompts, 8)
+    seeded = lambda seed, **k: model.generate(prompts, 8, temperature=1.0, generator=torch.Generator().manual_seed(seed), **k)  # noqa: E731
+    assert seeded(0) == seeded(0) != seeded(1)
+    assert seeded(3, top_k=1) == greedy
+    stop = greedy[0][2]
+    assert model.generate(prompts, 8, stop=stop)[0] == greedy[0][:greedy[0].index(stop)]
+    with pytest.raises(ValueError, match="at least one token"):
+        model.generate([[]], 3)
+    with pytest.raises(ValueError, match="exceed the context"):
+        model.generate([[1] * 250], 10)
+
+
+@pytest.mark.parametrize("name, count", {
+    "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+    "smollm2-135m": 134_515_008, "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}.items())
+def test_parameter_counts_of_published_models(name, count):
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_name(name))
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert len(CONFIGS) == 10
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+def edit_tensors(directory, change):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_config(directory, **fields):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "missing blocks.1.attn.q_proj.weight": lambda d: edit_tensors(d, lambda t: t.pop("model.layers.1.self_attn.q_proj.weight")),
+    "unexpected blocks.0.mlp.extra": lambda d: edit_tensors(d, lambda t: t.update({"model.layers.0.mlp.extra": torch.ones(2)})),
+    r"norm.weight is \(3,\), expected \(32,\)": lambda d: edit_tensors(d, lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+    "model.safetensors: broken or truncated": lambda d: truncate(d / "model.safetensors"),
+    "model.safetensors: not found": lambda d: (d / "model.safetensors").unlink(),
+    "config.json: not found": lambda d: (d / "config.json").unlink(),
+    "config.json: not valid JSON": lambda d: (d / "config.json").write_text("{"),
+    "architecture 'mistral' is not supported": lambda d: edit_config(d, model_type="mistral"),
+    "rope scaling 'yarn' is not supported": lambda d: edit_config(d, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    "hidden_act = 'gelu' is not supported": lambda d: edit_config(d, hidden_act="gelu"),
+    "do not divide": lambda d: edit_config(d, num_key_value_heads=3),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_in_one_line(message, llama):
+    DAMAGE[message](llama)
+    with pytest.raises(UserError, match=message) as caught:
+        Transformer.from_pretrained(str(llama))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_models_name_the_ways_out(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from data import download
+    download.hub_reachable.cache_clear()
+    with pytest.raises(UserError, match="smollm2-135m"):
+        Transformer.from_pretrained("somebody/nothing-of-the-kind")
+    with pytest.raises(UserError, match="no such model file or directory"):
+        Transformer.from_pretrained("./nowhere/model.gguf")
+    with pytest.raises(UserError, match="known: gpt2"):
+        TransformerConfig.from_name("gpt5")
+    download.hub_reachable.cache_clear()
+
+
+# -------------------------------------------------------------------------------------------------- GGUF
+
+def write_gguf(path, directory, quantise=None):
+    """A llama.cpp file with the weights and tokenizer of a tiny Llama in Hugging Face layout."""
+    gguf = pytest.importorskip("gguf")
+    from safetensors.torch import load_file
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(raw["model"]["merges"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        if name.startswith("model.layers."):
+            layer, name = name.removeprefix("model.layers.").split(".", 1)
+            for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+                if part in name:  # llama.cpp's own order: the channels of a rotation side by side
+                    tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            target = f"blk.{layer}.{names[name]}.{kind}"
+        else:
+            target = f"{names[name]}.{kind}"
+        array = tensor.contiguous().numpy()
+        if quantise and array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(target, gguf.quants.quantize(array, quantise), raw_dtype=quantise)
+        else:
+            writer.add_tensor(target, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_gives_the_same_model_and_tokenizer(llama, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", llama)
+    ids = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(Transformer.from_pretrained(file)(ids), Transformer.from_pretrained(llama)(ids), rtol=0, atol=1e-6)
+    text = "The hen, then 12 tins!  in\nthe inn"
+    assert load_tokenizer(file).encode(text) == load_tokenizer(llama).encode(text)
+    assert load_tokenizer(file).eos == load_tokenizer(llama).eos == VOCAB - 1
+
+
+def test_quantised_gguf_weights_are_dequantised(llama, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf", llama, gguf.GGMLQuantizationType.Q8_0)
+    exact, rounded = Transformer.from_pretrained(llama), Transformer.from_pretrained(file)
+    for (name, a), b in zip(exact.named_parameters(), rounded.parameters()):
+        assert (a - b).abs().max() <= a.abs().max() / 127, name
+
+
+def test_a_broken_gguf_file_is_refused(llama, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", llama)
+    whole = file.read_bytes()
+    for damaged in (b"", b"GGUF", whole[:1000], b"PK\x03\x04" + whole[4:], whole[:-500]):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="tiny.gguf"):
+            Transformer.from_pretrained(file)
+    file.write_bytes(whole.replace(b"llama", b"qwenn"))
+    with pytest.raises(UserError, match="architecture 'qwenn'"):
+        Transformer.from_pretrained(file)
+
+
+# --------------------------------------------------------------------------------------------- tokenizer
+
+TEXTS = ["", " ", "the then in", "Hello  world!\n\n\tTabs", "don't I'll we've 'S", "été naïve 東京 🙂👍🏽", "a1 22 333  4444 x5",
+         "  12  ab \n 3", "\r\n \r\n", "<|endoftext|> is text here", "e=mc²  ½ Ⅷ ٣"]
+
+
+def test_tokenizer_json_equals_hugging_face(llama):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle here")
+    theirs, ours = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json")), load_tokenizer(llama)
+    for text in TEXTS:
+        if "<|" not in text:
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_digits_split_one_by_one_equal_hugging_face(llama):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle here")
+    raw = json.loads((llama / "tokenizer.json").read_text())
+    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                                  raw["pre_tokenizer"]]}
+    (llama / "tokenizer.json").write_text(json.dumps(raw))
+    theirs, ours = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json")), load_tokenizer(llama)
+    for text in TEXTS:
+        if "<|" not in text:
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_llama_3_tokenizer_json_puts_its_first_token(llama):
+    raw = json.loads((llama / "tokenizer.json").read_text())
+    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": SPLIT["llama-bpe"]}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+    raw["post_processor"] = {"type": "Sequence", "processors": [{"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}]}
+    (llama / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(llama)
+    assert tokenizer.bos == VOCAB - 1
+    assert tokenizer.decode(tokenizer.encode("in 12345 tens")) == "in 12345 tens"
+
+
+def test_gpt2_files_give_the_same_tokenizer_as_tokenizer_json(llama, tmp_path):
+    raw = json.loads((llama / "tokenizer.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(raw["model"]["merges"]))
+    for text in TEXTS:
+        assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(llama).encode(text)
+    assert load_tokenizer(tmp_path).eos == VOCAB - 1
+
+
+def test_sentencepiece_tokenizers_are_refused_by_name(llama, tmp_path):
+    raw = json.loads((llama / "tokenizer.json").read_text())
+    raw["normalizer"], raw["pre_tokenizer"] = {"type": "Prepend", "prepend": "▁"}, None
+    (llama / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="SentencePiece"):
+        load_tokenizer(llama)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(UserError, match="SentencePiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_byte_alphabet_is_complete():
+    assert sorted(byte_symbols().values()) == list(range(256))
+
+
+# ------------------------------------------------------------------------------------------ real weights
+
+@pytest.mark.slow
+def test_smollm2_equals_transformers_on_the_same_weights(smollm):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    ours, tokenizer = Transformer.from_pretrained(smollm), load_tokenizer(smollm)
+    c = ours.config
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, rms_norm_eps=c.norm_eps, tie_word_embeddings=True,
+        max_position_embeddings=c.max_len, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})).eval()
+    back = {"embed": "embed_tokens", "norm": "norm", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
+            "attn": "self_attn", "mlp": "mlp"}
+    state = {}
+    for name, tensor in ours.named_parameters():
+        prefix, rest = ("model.", name)
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            prefix = f"model.layers.{layer}."
+        first, dot, rest = rest.partition(".")
+        state[f"{prefix}{back[first]}{dot}{rest}"] = tensor
+    theirs.load_state_dict(state | {"lm_head.weight": ours.embed.weight})
+    text = "Question: Which gas do plants take in from the air?\nAnswer:"
+    ids = torch.tensor([tokenizer.encode(text)])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=2e-4)
+    assert ours.generate([ids[0].tolist()], 8)[0] == theirs.generate(
+        ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1]:].tolist()
+    assert "Paris" in tokenizer.decode(ours.generate([tokenizer.encode("The capital of France is")], 4)[0])

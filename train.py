@@ -1,0 +1,375 @@
+"""Trains gated adapters on the commonsense tasks: one plain loop.
+
+    python train.py --preset quickstart                        # minutes on a laptop's CPU
+    python train.py --init gpt2-medium --peft gatera           # the paper's recipe on commonsense_170k, one GPU
+    python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
+    python train.py --help
+
+A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), and the
+adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import platform
+import random
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data.commonsense import FORMS, pack, training_question
+from data.download import UserError, run_command
+from data.prepare import TASKS, load_records, prepare
+from eval import evaluate, headline
+from gatera import (GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gate_values,
+                    inject_adapters, load_adapter, save_adapter, write_atomically)
+from model import Transformer, load_tokenizer
+
+
+# ----------------------------------------------------------------------------------------- configuration
+
+@dataclass
+class Config:
+    """Every setting. The comment of a field is its --help; the defaults are the paper's recipe."""
+    preset: str = ""                # a named set of other defaults: quickstart
+    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, or a .gguf file
+    out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
+    # the method
+    peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
+    gate: str = ""                  # none, token or static; default: token for gatera, none for the others
+    r: int = 32                     # rank
+    alpha: float = 0.0              # LoRA and DoRA scale by alpha / r; 0: alpha = 2 r
+    dropout: float = 0.0            # on the adapters' input
+    targets: str = "qkv,fc"         # adapted layers: qkv (q, k, v), fc (up, down), or layer names, with commas between
+    entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
+    gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
+    gate_lr: float = 0.0            # learning rate of w_g and b_g; 0: the same as lr
+    # data
+    tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
+    form: str = "label"             # label (the papers' instruction) or cloze (the answer's own words)
+    data: str = ""                  # directory of <task>/{train,test}.jsonl; default data/commonsense, made if need be
+    max_len: int = 512              # tokens of a question with its answer; longer prompts lose their start
+    limit: int = 0                  # the first so many training records of each task; 0: all
+    # optimisation
+    lr: float = 1e-3                # peak learning rate of AdamW
+    weight_decay: float = 0.0       # AdamW's
+    batch: int = 32                 # records an optimiser step
+    micro_batch: int = 0            # records a forward, their gradients summed up to a batch; 0: the whole batch
+    epochs: int = 3                 # passes over the training records
+    max_steps: int = 0              # stop after so many steps; 0: by epochs
+    warmup: int = 100               # steps of linear warmup, before linear decay to 0
+    clip: float = 1.0               # largest gradient norm; 0: no clipping
+    seed: int = 1337                # of the adapter's start, the data's order and dropout
+    # validation and logging
+    validation: int = 120           # records held out of the training records
+    eval_every: int = 200           # steps between validations
+    log_every: int = 10             # steps between progress lines
+    test: int = 0                   # score so many test questions of each task before and after training; 0: none
+    # machine
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"             # auto (bfloat16 on cuda, float16 on older gpus, float32 on cpu), float32, bfloat16, float16
+    compile: bool = False           # torch.compile the model
+    checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
+
+
+PRESETS = {
+    # SmolLM2-135M answers grade-school science questions in cloze form: an hour of a GPU's work in minutes of a CPU's
+    "quickstart": dict(init="smollm2-135m", tasks="ARC-Easy", form="cloze", lr=5e-3, batch=16, epochs=1, max_steps=60,
+                       warmup=6, validation=40, eval_every=30, log_every=5, test=200),
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
+
+
+def parse(argv: list[str]) -> Config:
+    """Flags -> Config. UserError lists everything that is wrong with them at once."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see --help"))
+    config_fields = dataclasses.fields(Config)
+    for field in config_fields:
+        flag, text = "--" + field.name.replace("_", "-"), f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, metavar=field.type.__name__.upper(), help=text)
+    known, unknown = parser.parse_known_args(argv)
+    wrong, given = [], {}
+    names = [action.option_strings[0] for action in parser._actions]
+    for word in unknown:
+        close = difflib.get_close_matches(word.split("=")[0], names, n=1)
+        wrong.append(f"unknown argument {word}" + (f" (did you mean {close[0]}?)" if close else ""))
+    for field in config_fields:
+        text = getattr(known, field.name)
+        if text is not None:
+            try:
+                given[field.name] = field.type(text)
+            except ValueError:
+                wrong.append(f"--{field.name.replace('_', '-')} {text}: expected {field.type.__name__}")
+    preset = given.get("preset", "")
+    if preset and preset not in PRESETS:
+        wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+    config = Config(**(PRESETS.get(preset, {}) | given))
+    config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
+    config.out = config.out or f"out/{preset or f'{Path(config.init).stem}-{config.peft}-{config.gate}'}"
+    wrong += check(config)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return config
+
+
+def check(c: Config) -> list[str]:
+    """What is wrong with the values, one text each."""
+    tasks = task_names(c)
+    rules = [
+        (c.peft in (*METHODS, "gatera"), f"--peft {c.peft}: expected one of {', '.join((*METHODS, 'gatera'))}"),
+        (c.gate in GATES, f"--gate {c.gate}: expected one of {', '.join(GATES)}"),
+        (c.peft != "gatera" or c.gate == "token", f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
+        (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
+        (set(tasks) <= set(TASKS), f"--tasks {c.tasks}: expected all or some of {', '.join(TASKS)}"),
+        (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
+        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), f"--device {c.device}: expected auto, cpu, cuda or cuda:N"),
+        (not c.device.startswith("cuda") or torch.cuda.is_available(), f"--device {c.device}: no CUDA GPU here; use --device cpu"),
+        (0 <= c.dropout < 1, f"--dropout {c.dropout}: expected 0 up to, not including, 1"),
+        (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr}: expected a positive number"),
+        (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
+        (not Path(c.out).is_file(), f"--out {c.out}: a file is there; expected a directory"),
+    ]
+    rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
+              for name in ("r", "batch", "epochs", "eval_every", "log_every")]
+    rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
+              for name in ("alpha", "entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps",
+                           "warmup", "clip", "validation", "test")]
+    return [message for fine, message in rules if not fine]
+
+
+def task_names(c: Config) -> list[str]:
+    return list(TASKS) if c.tasks == "all" else c.tasks.split(",")
+
+
+def adapter_config(c: Config) -> AdapterConfig:
+    targets = tuple(name for word in c.targets.split(",") for name in TARGETS.get(word, (word,)))
+    return AdapterConfig(method="hira" if c.peft == "gatera" else c.peft, gate=c.gate, r=c.r, alpha=c.alpha or None,
+                         dropout=c.dropout, targets=targets, gate_bias=c.gate_bias)
+
+
+def pick_device(c: Config) -> tuple[torch.device, torch.dtype]:
+    """Where to run, and the dtype of the frozen base and of autocast. Adapters and their optimiser stay in float32."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device)
+    if c.dtype != "auto":
+        return device, getattr(torch, c.dtype)
+    if device.type == "cpu":
+        return device, torch.float32
+    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
+    """(training, validation, test) records: the tasks' training sets as one list, and test questions by task."""
+    extra = {"out": Path(c.data)} if c.data else {}
+    if not c.data:
+        prepare(task_names(c), ("train", "test") if c.test else ("train",))
+    records = [r for task in task_names(c) for r in load_records(task, "train", **extra)[:c.limit or None]]
+    test = {task: load_records(task, "test", **extra)[:c.test] for task in task_names(c)} if c.test else {}
+    if len(records) <= c.validation:
+        raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
+    # Held-out rows are drawn with a seed of their own: runs with different seeds are validated on the same rows.
+    held_out = set(random.Random(0).sample(range(len(records)), c.validation))
+    return ([r for i, r in enumerate(records) if i not in held_out], [records[i] for i in sorted(held_out)], test)
+
+
+def batches(n: int, c: Config):
+    """Lists of record numbers, a list for each optimiser step, epoch after epoch. The order depends on the seed alone."""
+    for epoch in range(10**9):
+        order = list(range(n))
+        random.Random(f"{c.seed} {epoch}").shuffle(order)
+        yield from (order[i:i + c.batch] for i in range(0, n, c.batch))
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+def learning_rate(step: int, steps: int, c: Config) -> float:
+    """The factor on every learning rate: linear warmup, then linear decay to 0. Step 0 already moves."""
+    if step < c.warmup:
+        return (step + 1) / (c.warmup + 1)
+    return (steps - step) / max(1, steps - c.warmup)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's allocator, or of this process (ru_maxrss is in KiB, on macOS in bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def mean_gates(model, is_answer: torch.Tensor) -> dict[str, float]:
+    """Mean gate on prompt and on answer tokens in the last forward; is_answer (1, N)."""
+    gates = gate_values(model)
+    if not gates:
+        return {}
+    mean = torch.stack(list(gates.values())).float().mean(0)  # (1, N)
+    phases = {"gate_prompt": mean[~is_answer], "gate_answer": mean[is_answer]}
+    return {name: values.mean().item() for name, values in phases.items() if len(values)}
+
+
+@torch.no_grad()
+def validation_loss(model, questions, autocast, device, size: int) -> float:
+    """Mean cross entropy of an answer token, in nats."""
+    model.eval()
+    total = tokens = 0
+    for i in range(0, len(questions), size):
+        batch = pack(questions[i:i + size]).to(device)
+        with autocast():
+            logits = model(batch.ids, documents=batch.documents, select=batch.select)
+        total += F.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
+        tokens += len(batch.targets)
+    model.train()
+    return total / tokens
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+# --------------------------------------------------------------------------------------------------- main
+
+def main(argv: list[str] | None = None) -> dict:
+    c = parse(sys.argv[1:] if argv is None else argv)
+    device, dtype = pick_device(c)
+    out = Path(c.out)
+    started = time.time()
+
+    # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
+    tokenizer = load_tokenizer(c.init)
+    train_records, validation_records, test_records = load_data(c)
+    encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
+    validation = [encode(record) for record in validation_records]
+
+    base = Transformer.from_pretrained(c.init, dtype=dtype, device=device)
+    base.gradient_checkpointing = c.checkpointing
+    if c.max_len > base.config.max_len:
+        raise UserError(f"--max-len {c.max_len} is longer than the base's context of {base.config.max_len}")
+    n_base = sum(p.numel() for p in base.parameters())
+    before = {task: evaluate(base, tokenizer, records, c.form, c.max_len) for task, records in test_records.items()}
+
+    torch.manual_seed(c.seed)
+    inject_adapters(base, adapter_config(c))
+    trainable = adapter_state(base)
+    n_trainable = sum(p.numel() for p in trainable.values())
+    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
+          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
+
+    gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
+    others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
+    groups = [{"params": others, "lr": c.lr}, {"params": gates, "lr": c.gate_lr or c.lr}]
+    groups = [group | {"peak": group["lr"]} for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)  # noqa: E731
+    model = torch.compile(base, dynamic=True) if c.compile else base  # after injection: the graph holds the adapters
+    model.train()
+
+    steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
+    if c.warmup >= steps:
+        raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
+    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, {c.form} "
+          f"form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
+
+    metrics = out / "metrics.jsonl"
+    facts = {"config": dataclasses.asdict(c), "adapter": dataclasses.asdict(base.adapter_config), "steps": steps,
+             "base_parameters": n_base, "trainable_parameters": n_trainable, "device": str(device), "dtype": str(dtype),
+             "torch": torch.__version__, "python": platform.python_version()}
+    write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+    metrics.write_text(json.dumps(facts) + "\n")
+
+    def record(line: dict):
+        with open(metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # ------------------------------------------------------------------------------------------- the loop
+    best, cut, tokens_since, clock_since, order = math.inf, 0, 0, time.time(), batches(len(train_records), c)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, steps, c)
+        questions = [encode(train_records[i]) for i in next(order)]
+        cut += sum(question.cut > 0 for question in questions)
+        size = c.micro_batch or c.batch
+        micro = [pack(questions[i:i + size]) for i in range(0, len(questions), size)]
+        n_answer, n_token = sum(len(m.targets) for m in micro), sum(m.ids.numel() for m in micro)
+
+        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches
+        loss = entropy = 0.0
+        for batch in micro:
+            batch = batch.to(device)
+            with autocast():
+                logits = model(batch.ids, documents=batch.documents, select=batch.select)             # (M, V)
+                task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / n_answer
+                spread = gate_entropy(base) * (batch.ids.numel() / n_token)
+            scaler.scale(task + c.entropy_weight * spread).backward()
+            loss, entropy = loss + task.detach(), entropy + spread.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        tokens_since += n_token
+
+        last = step == steps - 1
+        if step % c.log_every == 0 or last:
+            line = {"step": step, "loss": float(loss), "entropy": float(entropy), **mean_gates(base, batch.is_answer),
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+            if not math.isfinite(line["loss"]):
+                raise UserError(f"step {step}: the loss is {line['loss']}; lower --lr, or use --dtype float32")
+            now = time.time()
+            line |= {"tokens_per_s": tokens_since / (now - clock_since), "memory_gib": peak_memory(device)}
+            left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
+            tokens_since, clock_since = 0, now
+            record(line)
+            shown = f" | gate prompt {line['gate_prompt']:.2f} answer {line.get('gate_answer', math.nan):.2f}" if "gate_prompt" in line else ""
+            print(f"step {step:>5}/{steps} | loss {line['loss']:.4f} | entropy {line['entropy']:.3f}{shown} | lr {line['lr']:.2e} | "
+                  f"norm {line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB | "
+                  f"{clock(left)} left", flush=True)
+        if validation and ((step + 1) % c.eval_every == 0 or last):
+            value = validation_loss(model, validation, autocast, device, size)
+            record({"step": step, "validation_loss": value})
+            print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
+            if value < best:
+                best = value
+                save_adapter(base, out / "best")
+            clock_since = time.time()
+    save_adapter(base, out / "last")
+    if validation:
+        load_adapter(base, out / "best")
+    else:
+        save_adapter(base, out / "best")
+
+    # -------------------------------------------------------------------------------------------- results
+    if cut:
+        print(f"{cut} questions were longer than {c.max_len} tokens and lost the start of their prompt")
+    results = {"steps": steps, "best_validation_loss": best if validation else None, "seconds": time.time() - started, "tasks": {}}
+    for task, records in test_records.items():
+        after = evaluate(base, tokenizer, records, c.form, c.max_len)
+        results["tasks"][task] = {key: {"before": before[task][key], "after": after[key]} for key in ("acc", "acc_norm")}
+        name = "acc_norm" if c.form == "cloze" else "acc"
+        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before[task], c.form):.1f} % before, "
+              f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
+    write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    print(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
+          f"python eval.py --run {out} --tasks {c.tasks}")
+    return results
+
+
+if __name__ == "__main__":
+    run_command(main)
