@@ -50,7 +50,8 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
         chosen = [questions[i] for i in order[start:stop]]
         batch = pack(chosen).to(device)
         logits = model(batch.ids, documents=batch.documents, select=batch.select)        # (M, V)
-        log_p = -F.cross_entropy(logits.float(), batch.targets, reduction="none")        # (M,)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))             # sums want more than bf16
+        log_p = -F.cross_entropy(logits, batch.targets, reduction="none")                # (M,)
         sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p).tolist()
         for i, question in zip(order[start:stop], chosen):
             scores[i], sums = sums[:len(question.answers)], sums[len(question.answers):]

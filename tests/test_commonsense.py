@@ -1,0 +1,102 @@
+"""Records to text to tokens to one packed row."""
+from pathlib import Path
+
+import pytest
+
+from data.commonsense import (Question, cloze_form, encode, instruction, label_form, label_names, pack,
+                              scoring_questions, to_text, training_question)
+from data.download import UserError
+from data.prepare import TASKS, _from_llm_adapters, load_records
+from model import load_tokenizer
+
+SAMPLE = Path(__file__).parents[1] / "data" / "sample"
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_label_text_equals_the_published_files(task):
+    """Every train and test record of LLM-Adapters' files, parsed into a record and worded again, byte for byte."""
+    if not SHARED.is_dir():
+        pytest.skip("the published files are not at ../shared/data/commonsense")
+    import gzip
+    import json
+    for split in ("train", "test"):
+        published = json.loads(gzip.decompress((SHARED / task / f"{split}.json.gz").read_bytes()))
+        records = _from_llm_adapters(SHARED, task, split)
+        assert len(records) == len(published) > 0
+        for item, record in zip(published, records):
+            assert instruction(record) == item["instruction"]
+            assert label_form(record)[record["label"]][1] == item["output"]
+
+
+def test_the_label_prompt_is_hiras():
+    record = {"task": "piqa", "question": "How to open a jar?", "choices": ["Twist it.", "Eat it."], "label": 0}
+    prompt, answer = label_form(record)[0]
+    assert prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+        "### Instruction:\nPlease choose the correct solution to the question: How to open a jar?\n\n"
+        "Solution1: Twist it.\n\nSolution2: Eat it.\n\nAnswer format: solution1/solution2\n\n### Response:\n")
+    assert answer == "the correct answer is solution1"
+
+
+CLOZE = {
+    "boolq": ({"question": "is water wet", "choices": ["true", "false"], "passage": "Water."},
+              [("Water.\nQuestion: is water wet?\nAnswer:", " yes"), ("Water.\nQuestion: is water wet?\nAnswer:", " no")]),
+    "piqa": ({"question": "To fly", "choices": ["jump", "sit"]},
+             [("Question: To fly\nAnswer:", " jump"), ("Question: To fly\nAnswer:", " sit")]),
+    "social_i_qa": ({"question": "Ann fell. Why?", "choices": ["ice", "joy", "sun"]},
+                    [("Q: Ann fell. Why?\nA:", " ice"), ("Q: Ann fell. Why?\nA:", " joy"), ("Q: Ann fell. Why?\nA:", " sun")]),
+    "hellaswag": ({"question": "Baking: [header] How to bake [title] Mix.  Then", "choices": ["[step] stir", "run"]},
+                  [("Baking: How to bake. Mix. Then", " stir"), ("Baking: How to bake. Mix. Then", " run")]),
+    "winogrande": ({"question": "The cup fell off because _ was round.", "choices": ["it", "the table"]},
+                   [("The cup fell off because it", " was round."), ("The cup fell off because the table", " was round.")]),
+    "ARC-Easy": ({"question": "2 + 2?", "choices": ["4", "5"]}, [("Question: 2 + 2?\nAnswer:", " 4"), ("Question: 2 + 2?\nAnswer:", " 5")]),
+    "openbookqa": ({"question": "The sun is", "choices": ["hot", "cold"]}, [("The sun is", " hot"), ("The sun is", " cold")]),
+}
+
+
+@pytest.mark.parametrize("task", CLOZE)
+def test_cloze_text(task):
+    record, expected = CLOZE[task]
+    got = cloze_form({"task": task, "label": 0} | record)
+    assert [(" ".join(prompt.split(" ")).replace("  ", " "), " " + answer.strip()) for prompt, answer in got] == expected
+
+
+@pytest.mark.parametrize("form", ["label", "cloze"])
+@pytest.mark.parametrize("task", TASKS)
+def test_training_and_scoring_see_the_same_tokens(task, form, llama):
+    tokenizer = load_tokenizer(llama)
+    for record in load_records(task, "train", out=SAMPLE):
+        trained = training_question(record, form, tokenizer, 4096)
+        scored = scoring_questions(record, form, tokenizer, 4096)
+        choices = [(question.prompt, answer) for question in scored for answer in question.answers]
+        assert len(choices) == len(record["choices"]) == len(label_names(record))
+        prompt, answer = choices[record["label"]]
+        assert trained.prompt == prompt and trained.answers == [answer + [tokenizer.eos]]
+        text = to_text(record, form)[record["label"]]
+        assert tokenizer.decode(prompt) + tokenizer.decode(answer) == "".join(text)
+
+
+def test_a_long_prompt_loses_its_start_and_never_its_answer(llama):
+    tokenizer = load_tokenizer(llama)
+    question = encode(tokenizer, "abcdefghij" * 5, [" one", " seven"], max_len=20, end=True)
+    assert [tokenizer.decode(a[:-1]) for a in question.answers] == [" one", " seven"]
+    assert len(question.prompt) + max(map(len, question.answers)) - 1 == 20
+    assert question.cut == 50 - len(question.prompt)
+    assert tokenizer.decode(question.prompt) == ("abcdefghij" * 5)[-len(question.prompt):]
+    tokenizer.bos = 0  # a first token is never what is cut
+    assert encode(tokenizer, "abcdefghij" * 5, [" one"], max_len=20).prompt[0] == 0
+    with pytest.raises(UserError, match="raise --max-len"):
+        encode(tokenizer, "a", ["x" * 40], max_len=20)
+    with pytest.raises(UserError, match="empty prompt or answer"):
+        encode(tokenizer, "a", [""], max_len=20)
+
+
+def test_packing_by_hand():
+    batch = pack([Question([5, 6], [[7], [8, 9]]), Question([4], [[3, 2, 1]])])
+    assert batch.ids.tolist() == [[5, 6, 8, 4, 3, 2]]           # an answer's last token is predicted, not read
+    assert batch.documents.tolist() == [[0, 1, -1], [0, 1, 2], [3, 4, 5]]
+    assert batch.select.tolist() == [1, 1, 2, 3, 4, 5]
+    assert batch.targets.tolist() == [7, 8, 9, 3, 2, 1]
+    assert batch.owner.tolist() == [0, 1, 1, 2, 2, 2]
+    assert batch.is_answer.tolist() == [[False, False, True, False, True, True]]

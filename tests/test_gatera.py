@@ -1,0 +1,334 @@
+"""The method against its own equations: every number here is computed a second, plainer way."""
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from data.commonsense import Question, pack
+from data.download import UserError
+from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, gate_entropy, gate_values,
+                    gated_layers, inject_adapters, load_adapter, merge_adapters, save_adapter)
+from model import Transformer, TransformerConfig
+
+EVERY = [(method, gate) for method in METHODS for gate in GATES]
+every = pytest.mark.parametrize("method, gate", EVERY, ids=["-".join(pair) for pair in EVERY])
+IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def tiny(family="llama", dtype=torch.float64):
+    torch.manual_seed(0)
+    gpt2 = dict(norm="layernorm", positions="learned", mlp="gelu", attention_bias=True, mlp_bias=True, tied_head=True)
+    config = TransformerConfig(vocab_size=50, n_layer=2, n_head=4, d_model=16, d_ff=24, max_len=64,
+                               **(gpt2 if family == "gpt2" else dict(n_kv_head=2)))
+    return Transformer(config).to(dtype)
+
+
+def adapted(method, gate, family="llama", dtype=torch.float64, trained=True, **options):
+    model = tiny(family, dtype)
+    inject_adapters(model, AdapterConfig(method, gate, r=4, **options))
+    if trained:  # away from the start, where Delta is 0
+        generator = torch.Generator().manual_seed(1)
+        for name, p in adapter_state(model).items():
+            p.data += 0.2 * torch.randn(p.shape, generator=generator).to(dtype)
+    return model
+
+
+def set_gates(model, logit):
+    """Every gate to sigmoid(logit), whatever the token."""
+    for layer in gated_layers(model).values():
+        if layer.gate == "token":
+            layer.w_g.data.zero_()
+        if layer.gate != "none":
+            layer.b_g.data.fill_(logit)
+
+
+# ------------------------------------------------------------------------------------------- identities
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every
+def test_a_fresh_adapter_leaves_the_logits_bit_identical(method, gate, dtype, family):
+    base = tiny(family, dtype)(IDS)
+    assert torch.equal(adapted(method, gate, family, dtype, trained=False)(IDS), base)
+
+
+@every
+def test_a_closed_gate_is_the_base_exactly(method, gate):
+    if gate == "none":
+        pytest.skip("no gate to close")
+    model = adapted(method, gate)
+    set_gates(model, -1e4)
+    assert torch.equal(model(IDS), tiny()(IDS))
+
+
+@every
+def test_an_open_gate_is_the_published_method_exactly(method, gate):
+    if gate == "none":
+        pytest.skip("no gate to open")
+    model, published = adapted(method, gate), adapted(method, "none")
+    state = adapter_state(model)
+    for name, p in adapter_state(published).items():
+        p.data.copy_(state[name])
+    set_gates(model, 1e4)
+    assert torch.equal(model(IDS), published(IDS))
+
+
+# ------------------------------------------------------------------- outputs and gradients, the plain way
+
+def plain(layer, x):
+    """y_t = W0 x_t + b + g(x_t) * Delta(x_t), with dense matrices and autograd alone."""
+    W0, A, B, s = layer.weight, layer.A, layer.B, layer.scaling
+    g = {"none": lambda: 1.0, "static": lambda: torch.sigmoid(layer.b_g),
+         "token": lambda: torch.sigmoid((x * layer.w_g).sum(-1, keepdim=True) + layer.b_g)}[layer.gate]()
+    if layer.method == "lora":
+        delta = s * x @ (B @ A).T
+    elif layer.method == "hira":
+        delta = x @ (W0 * (B @ A)).T
+    else:
+        V = W0 + s * B @ A
+        n = V.norm(dim=1).detach()
+        delta = x @ (layer.m / n * V.T) - x @ W0.T
+    return x @ W0.T + (0 if layer.bias is None else layer.bias) + g * delta
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@every
+def test_outputs_and_gradients_equal_the_plain_formula(method, gate, bias):
+    torch.manual_seed(3)
+    layer = GatedLinear(nn.Linear(6, 10, bias=bias).double().requires_grad_(False), AdapterConfig(method, gate, r=3))
+    for p in layer.adapter_parameters().values():
+        p.data += torch.randn_like(p)
+    x, weight = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 10, dtype=torch.float64)
+    inputs = [x, *layer.adapter_parameters().values()]
+    ours, theirs = layer(x), plain(layer, x)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), inputs), torch.autograd.grad((theirs * weight).sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_the_hand_written_backward_passes_gradcheck():
+    torch.manual_seed(0)
+    leaf = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    x, A, B, g, W0 = leaf(5, 7), leaf(3, 7), leaf(6, 3), leaf(5, 1), torch.randn(6, 7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(GatedHadamard.apply, (x, W0, A, B, g))
+    assert torch.autograd.gradcheck(GatedHadamard.apply, (x, W0, A, B, None))
+
+
+def test_hira_keeps_no_dense_product_for_the_backward():
+    layer = GatedLinear(nn.Linear(64, 96, bias=False).requires_grad_(False), AdapterConfig("hira", "token", r=2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(1, 3, 64))
+    assert [t for t in kept if t.shape in ((96, 64), (64, 96)) and t.data_ptr() != layer.weight.data_ptr()] == []
+
+
+@pytest.mark.parametrize("rslora, scaling", [(False, 2.0), (True, 4.0)])
+def test_scaling(rslora, scaling):
+    assert AdapterConfig("lora", r=4, rslora=rslora).scaling == scaling
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_works_on_the_input_of_delta_and_only_in_training(method):
+    model, without = adapted(method, "token", dropout=0.5), adapted(method, "token")
+    for p, q in zip(adapter_state(without).values(), adapter_state(model).values()):
+        p.data.copy_(q)
+    assert torch.equal(model.eval()(IDS), without(IDS))
+    model.train()
+    assert not torch.equal(model(IDS), model(IDS))
+    set_gates(model, -1e4)  # the base's own path has no dropout
+    assert torch.equal(model(IDS), tiny()(IDS))
+
+
+# -------------------------------------------------------------------------------------------- entropy
+
+def test_entropy_equals_its_definition_and_survives_saturation():
+    model = adapted("hira", "token")
+    model(IDS)
+    g = torch.stack(list(gate_values(model).values()))                                   # (gates, B, T)
+    definition = -(g * g.log() + (1 - g) * (1 - g).log())
+    torch.testing.assert_close(gate_entropy(model), definition.mean(), rtol=0, atol=1e-12)
+    mask = torch.rand(IDS.shape) < 0.5
+    torch.testing.assert_close(gate_entropy(model, mask), definition[:, mask].mean(), rtol=0, atol=1e-12)
+    for logit in (1e4, -1e4):
+        set_gates(model, logit)
+        model(IDS)
+        entropy = gate_entropy(model)
+        entropy.backward()
+        assert entropy == 0
+    assert all(torch.isfinite(layer.b_g.grad).all() for layer in gated_layers(model).values())
+    ungated = adapted("lora", "none")
+    ungated(IDS)
+    assert gate_entropy(ungated) == 0 and gate_values(ungated) == {}
+
+
+def test_the_entropy_term_pushes_a_gate_to_the_side_it_is_on():
+    for logit, sign in ((0.5, -1), (-0.5, 1)):
+        model = adapted("hira", "static")
+        set_gates(model, logit)
+        model(IDS)
+        gate_entropy(model).backward()
+        assert all(torch.sign(layer.b_g.grad) == sign for layer in gated_layers(model).values())
+
+
+# -------------------------------------------------------------------------------------------- the theorem
+
+@pytest.mark.parametrize("gate", ["static", "token"])
+@pytest.mark.parametrize("method", METHODS)
+def test_theorem_soft_gradient_masking(method, gate):
+    """GateRA, soft gradient masking, token by token: dL/d(BA) is g times that of the ungated method, and its norm at
+    most g c ||dL/dy|| ||x|| with c = max|W0| for HiRA, s for LoRA, s max(m/n) for DoRA. The gate's own gradient
+    carries g (1 - g). `-k theorem -s` prints the table."""
+    torch.manual_seed(4)
+    linear = nn.Linear(8, 12, bias=False).double().requires_grad_(False)
+    gated = GatedLinear(linear, AdapterConfig(method, gate, r=8))
+    ungated = GatedLinear(linear, AdapterConfig(method, "none", r=8))
+    for name, p in gated.adapter_parameters().items():
+        p.data = torch.eye(8).double() if name == "A" else p.data + 0.5 * torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
+        if hasattr(ungated, name):
+            getattr(ungated, name).data = p.data
+    s, W0 = gated.scaling, linear.weight
+    c = {"hira": lambda: W0.abs().max(), "lora": lambda: s, "dora": lambda: s * (gated.m / gated.row_norm()).abs().max()}[method]()
+    print(f"\n{method}, {gate} gate:  token      g    ||dL/dBA||   bound")
+    for token in range(4):
+        x, dy = 2 * torch.randn(1, 8, dtype=torch.float64), torch.randn(1, 12, dtype=torch.float64)
+        y = gated(x)
+        g = torch.sigmoid(gated.gate_logit)
+        masked, d_gate = torch.autograd.grad((y * dy).sum(), [gated.B, gated.b_g])
+        whole, = torch.autograd.grad((ungated(x) * dy).sum(), [ungated.B])
+        torch.testing.assert_close(masked, g * whole, rtol=0, atol=1e-12)
+        delta = ungated(x) - F.linear(x, W0)
+        torch.testing.assert_close(d_gate, (g * (1 - g) * (delta * dy).sum()).view(1), rtol=0, atol=1e-12)
+        bound = g * c * dy.norm() * x.norm()
+        print(f"{token:>{len(method) + len(gate) + 17}}  {g.item():.3f}  {masked.norm():11.4f}  {bound.item():8.4f}")
+        assert 0 < masked.norm() <= bound * (1 + 1e-12)  # LoRA reaches its bound: there the gradient has rank one
+
+
+# ------------------------------------------------------------------------------------ injection and files
+
+def test_injection_freezes_the_base_and_keeps_its_names():
+    model, before = tiny(), tiny().state_dict()
+    names = inject_adapters(model, AdapterConfig(r=4))
+    assert len(names) == 2 * 5 and all(isinstance(model.get_submodule(name), GatedLinear) for name in names)
+    assert set(before) <= set(model.state_dict())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_state(model))
+    # r (in + out) for A and B, in + 1 for the gate
+    assert sum(p.numel() for p in adapter_state(model).values()) == sum(
+        4 * sum(model.get_submodule(n).weight.shape) + model.get_submodule(n).weight.shape[1] + 1 for n in names)
+
+
+@pytest.mark.parametrize("name, gate, share", [
+    ("llama-2-7b", "none", 0.8256), ("llama-2-7b", "token", 0.8384),
+    ("llama-3-8b", "none", 0.7002), ("llama-3-8b", "token", 0.7123)])
+def test_trainable_shares_of_the_paper(name, gate, share):
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig.from_name(name))
+    base = sum(p.numel() for p in model.parameters())
+    inject_adapters(model, AdapterConfig("hira", gate, r=32))
+    trainable = sum(p.numel() for p in adapter_state(model).values())
+    assert round(100 * trainable / (base + trainable), 4) == share
+
+
+def test_the_same_seed_starts_every_method_with_the_same_A():
+    starts = []
+    for method, gate in EVERY:
+        model = tiny()
+        torch.manual_seed(7)
+        inject_adapters(model, AdapterConfig(method, gate, r=4))
+        starts.append(torch.cat([layer.A.flatten() for layer in gated_layers(model).values()]))
+    assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(targets=("c_attn",)), "no layer is named c_attn; this model has down_proj, gate_proj, head, k_proj"),
+    (dict(r=9), "r 9 is larger than the smallest adapted matrix side, 8"),
+    (dict(r=0), "r 0; expected a positive whole number"),
+    (dict(method="ia3", gate="soft"), "method 'ia3'; expected one of lora, dora, hira; gate 'soft'; expected one of"),
+    (dict(dropout=1.0), "dropout 1.0"), (dict(alpha=-1.0), "alpha -1.0"), (dict(targets=()), "at least one layer name")])
+def test_impossible_adapters_are_refused(options, message):
+    with pytest.raises(UserError) as caught:
+        inject_adapters(tiny(), AdapterConfig(**options))
+    assert message in str(caught.value)
+
+
+def test_injecting_twice_is_refused():
+    with pytest.raises(UserError, match="already has adapters"):
+        inject_adapters(adapted("lora", "none"), AdapterConfig(r=4))
+
+
+@every
+def test_saving_and_loading_gives_bit_equal_logits_and_stores_the_adapter_alone(method, gate, tmp_path):
+    model = adapted(method, gate, dtype=torch.float32)
+    save_adapter(model, tmp_path)
+    assert set(load_file(tmp_path / "adapter.safetensors")) == set(adapter_state(model))
+    again = tiny(dtype=torch.float32)
+    assert load_adapter(again, tmp_path) == model.adapter_config
+    assert torch.equal(again(IDS), model(IDS))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def edit(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+BROKEN = {
+    "missing blocks.0.attn.k_proj.B": lambda d: edit(d / "adapter.safetensors", lambda t: t.pop("blocks.0.attn.k_proj.B")),
+    "unexpected elsewhere.A": lambda d: edit(d / "adapter.safetensors", lambda t: t.update({"elsewhere.A": torch.ones(1)})),
+    r"blocks.1.mlp.up_proj.A is \(2, 2\), expected \(4, 16\)":
+        lambda d: edit(d / "adapter.safetensors", lambda t: t.update({"blocks.1.mlp.up_proj.A": torch.ones(2, 2)})),
+    "missing blocks.0.attn.q_proj.A.* and 36 more": lambda d: save_file({}, d / "adapter.safetensors"),
+    "broken or truncated": lambda d: (d / "adapter.safetensors").write_bytes((d / "adapter.safetensors").read_bytes()[:-9]),
+    "adapter.safetensors: not found": lambda d: (d / "adapter.safetensors").unlink(),
+    "adapter.json: not found": lambda d: (d / "adapter.json").unlink(),
+    "adapter.json: not an adapter's configuration": lambda d: (d / "adapter.json").write_text("[1"),
+    "adapter.json: unknown fields colour": lambda d: (d / "adapter.json").write_text(json.dumps({"colour": 1})),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_adapter_is_refused_and_changes_nothing(message, tmp_path):
+    save_adapter(adapted("hira", "token", dtype=torch.float32), tmp_path)
+    BROKEN[message](tmp_path)
+    model = adapted("hira", "token", dtype=torch.float32)
+    before = model(IDS)
+    with pytest.raises(UserError, match=message):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_ungated_adapters_keeps_the_logits(method):
+    model = adapted(method, "none", family="gpt2")
+    before = model(IDS)
+    merge_adapters(model)
+    assert gated_layers(model) == {} and set(model.state_dict()) == set(tiny("gpt2").state_dict())
+    torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
+
+
+def test_merging_a_gated_adapter_is_refused():
+    with pytest.raises(UserError, match="differs from token to token"):
+        merge_adapters(adapted("lora", "token"))
+
+
+# ------------------------------------------------------------------------------------------- torch.compile
+
+@every
+def test_the_model_compiles_without_a_graph_break(method, gate):
+    torch._dynamo.reset()
+    model = adapted(method, gate)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = pack([Question([1, 2, 3], [[4, 5]]), Question([6, 7], [[8, 9, 10]])])
+
+    def gradients(forward):
+        logits = forward(batch.ids, documents=batch.documents, select=batch.select)
+        (F.cross_entropy(logits, batch.targets) + gate_entropy(model)).backward()
+        grads = [p.grad.clone() for p in adapter_state(model).values()]
+        model.zero_grad()
+        return [logits, *grads]
+
+    for a, b in zip(gradients(model), gradients(compiled)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)

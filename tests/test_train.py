@@ -1,0 +1,181 @@
+"""The training program, on tiny models and the sample records."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train
+from conftest import write_gpt2, write_llama
+from data.download import UserError
+from gatera import load_adapter
+from model import Transformer
+
+SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
+
+
+def run(directory, base, *flags):
+    return train.main(["--init", str(base), "--data", SAMPLE, "--out", str(directory), "--r", "4", "--warmup", "2",
+                       "--epochs", "1", "--batch", "8", "--validation", "4", "--eval-every", "3", "--log-every", "2",
+                       "--device", "cpu", "--lr", "1e-2", *flags])
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(directory, which="last"):
+    return load_file(directory / which / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("peft, gate", [("lora", "none"), ("lora", "token"), ("dora", "static"), ("dora", "token"),
+                                        ("hira", "none"), ("hira", "static"), ("gatera", "")])
+def test_a_run_learns_and_leaves_what_it_promises(peft, gate, llama, tmp_path, capsys):
+    before = load_file(llama / "model.safetensors")
+    results = run(tmp_path / "run", llama, "--peft", peft, *(["--gate", gate] if gate else []), "--test", "3",
+                  "--tasks", "piqa,boolq", "--validation", "2", "--epochs", "8", "--entropy-weight", "0")
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["config"]["peft"] == peft and lines[0]["torch"] == torch.__version__
+    logged = [line for line in lines if "loss" in line]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert ("gate_prompt" in logged[0]) == (gate != "none")
+    assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_s"] > 0 for line in logged)
+    assert set(results["tasks"]) == {"piqa", "boolq"} and results["best_validation_loss"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), load_file(llama / "model.safetensors").values()))
+    model = Transformer.from_pretrained(llama)
+    config = load_adapter(model, tmp_path / "run" / "best")
+    assert (config.method, config.gate) == ("hira" if peft == "gatera" else peft, gate or "token")
+    summary = evaluation.main(["--run", str(tmp_path / "run"), "--data", SAMPLE, "--limit", "3", "--tasks", "piqa,boolq"])
+    for task, scores in results["tasks"].items():
+        assert summary["tasks"][task]["acc"] == pytest.approx(scores["acc"]["after"])
+    assert "trainable" in capsys.readouterr().out
+
+
+def test_frozen_weights_do_not_change(llama, tmp_path, monkeypatch):
+    models = []
+    load = Transformer.from_pretrained.__func__
+    monkeypatch.setattr(Transformer, "from_pretrained",
+                        classmethod(lambda cls, *a, **k: models.append(load(cls, *a, **k)) or models[-1]))
+    run(tmp_path / "run", llama)
+    for (name, p) in load(Transformer, llama).named_parameters():
+        assert torch.equal(p, models[0].get_parameter(name)), name
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(llama, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(tmp_path / name, llama, "--seed", seed, "--dropout", "0.1")
+    a, b, c = (adapter(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    timeless = [[{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gib", "config")} for line in metrics(tmp_path / name)]
+                for name in "ab"]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("flags", [("--micro-batch", "3"), ("--checkpointing",)])
+def test_micro_batches_and_checkpointing_do_not_change_what_is_learnt(flags, llama, tmp_path):
+    """SGD-like comparison: Adam's first steps are signs, which rounding can flip, so losses and norms are compared."""
+    run(tmp_path / "whole", llama, "--entropy-weight", "0.1")
+    run(tmp_path / "cut", llama, "--entropy-weight", "0.1", *flags)
+    for a, b in zip(metrics(tmp_path / "whole")[1:], metrics(tmp_path / "cut")[1:]):
+        for key in ("loss", "entropy", "grad_norm", "validation_loss"):
+            assert (key in a) == (key in b)
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=2e-4)
+
+
+def test_the_order_of_the_data_depends_on_the_seed_alone(llama, tmp_path):
+    a, b = (train.parse(["--init", str(llama), "--peft", peft, "--lr", lr]) for peft, lr in (("lora", "1e-4"), ("gatera", "1e-2")))
+    first = [next(batch) for batch in [train.batches(100, a)] for _ in range(8)]
+    second = [next(batch) for batch in [train.batches(100, b)] for _ in range(8)]
+    assert first == second
+    assert sorted(i for batch in first[:4] for i in batch) == list(range(100)) != [i for batch in first[:4] for i in batch]
+    assert first[:4] != first[4:]
+
+
+def test_the_schedule_warms_up_and_decays_to_zero():
+    c = train.Config(warmup=10)
+    rates = [train.learning_rate(step, 100, c) for step in range(100)]
+    assert rates[0] > 0 and rates[10] == max(rates) == 1 and rates[-1] == pytest.approx(1 / 90)
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_the_defaults_are_the_papers_recipe():
+    c = train.parse(["--init", "gpt2-medium", "--peft", "gatera"])
+    assert (c.r, c.lr, c.weight_decay, c.warmup, c.batch, c.epochs, c.max_len, c.validation, c.form, c.tasks, c.gate) == (
+        32, 1e-3, 0, 100, 32, 3, 512, 120, "label", "all", "token")
+    assert train.adapter_config(c).targets == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert train.adapter_config(train.parse(["--targets", "qkv"])).targets == ("q_proj", "k_proj", "v_proj")
+    assert train.adapter_config(train.parse(["--targets", "fc,o_proj"])).targets == ("up_proj", "down_proj", "o_proj")
+
+
+def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_path):
+    from data import download
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    download.hub_reachable.cache_clear()
+    with pytest.raises(UserError, match=r"gpt2-medium.*directory.*\.gguf.*smollm2-135m") as caught:
+        train.main(["--init", "gpt2-medium", "--peft", "gatera", "--out", str(tmp_path / "run")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    download.hub_reachable.cache_clear()
+
+
+@pytest.mark.parametrize("flags, messages", [
+    (["--lrr", "1"], ["unknown argument --lrr", "did you mean --lr?"]),
+    (["--r", "0", "--lr", "-1", "--batch", "x"], ["--r 0: expected 1 or more", "--lr -1.0", "--batch x: expected int"]),
+    (["--lr", "nan"], ["--lr nan"]),
+    (["--peft", "ia3"], ["--peft ia3: expected one of lora, dora, hira, gatera"]),
+    (["--peft", "gatera", "--gate", "none"], ["use --peft hira"]),
+    (["--gate", "soft"], ["--gate soft: expected one of none, token, static"]),
+    (["--tasks", "arc"], ["--tasks arc: expected all or some of boolq"]),
+    (["--form", "poem", "--dtype", "int8"], ["--form poem", "--dtype int8"]),
+    (["--device", "tpu"], ["--device tpu: expected auto, cpu"]),
+    (["--preset", "slowstart"], ["--preset slowstart: expected one of quickstart"]),
+    (["--dropout", "1"], ["--dropout 1.0"]),
+    (["--lr"], ["--lr: expected one argument"]),
+    (["--out", __file__], ["a file is there"]),
+])
+def test_bad_flags_are_reported_at_once(flags, messages):
+    with pytest.raises(UserError) as caught:
+        train.parse(flags)
+    assert all(message in str(caught.value) for message in messages) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--warmup", "50"), "--warmup 50 is not shorter than the run of"),
+    (("--max-len", "4096"), "longer than the base's context of 512"),
+    (("--validation", "500"), "leave none beside --validation 500"),
+    (("--targets", "c_attn"), "no layer is named c_attn; this model has down_proj"),
+    (("--r", "64"), "r 64 is larger than the smallest"),
+    (("--data", "nowhere"), "nowhere"),
+])
+def test_what_does_not_fit_the_model_or_data_is_refused_before_anything_is_written(flags, message, llama, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", llama, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gpt2_trains_too(tmp_path):
+    run(tmp_path / "run", write_gpt2(tmp_path / "gpt2"), "--max-len", "256")
+    assert len(adapter(tmp_path / "run", "best")) == 2 * 5 * 4
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(tmp_path):
+    base = write_llama(tmp_path / "llama", layers=1)
+    run(tmp_path / "eager", base)
+    run(tmp_path / "compiled", base, "--compile")
+    for a, b in zip(metrics(tmp_path / "eager")[1:], metrics(tmp_path / "compiled")[1:]):
+        assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_quick_start_in_short(smollm, tmp_path, capsys):
+    results = train.main(["--preset", "quickstart", "--data", SAMPLE, "--max-steps", "6", "--warmup", "1", "--batch", "4",
+                          "--validation", "2", "--test", "4", "--log-every", "1", "--out", str(tmp_path / "run")])
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert min(losses[1:]) < losses[0] and set(results["tasks"]) == {"ARC-Easy"}
+    assert "before" in capsys.readouterr().out
