@@ -176,7 +176,7 @@ def test_command_line(tmp_path):
                               text=True, cwd=tmp_path)
 
     wrong = run("--tasks", "arc")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("no task is called arc") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no task is called arc") and wrong.stderr.count("\n") == 1
     (tmp_path / "in" / "piqa").mkdir(parents=True)
     for split in prepare.SPLITS:
         items = [llm_adapters_item(record) for record in sample("piqa", split)]
