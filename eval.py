@@ -80,12 +80,12 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
     model.train(training)
 
     predictions = []
-    for record, (start, stop) in zip(records, spans):
+    for index, (record, (start, stop)) in enumerate(zip(records, spans)):
         sums = [score for several in scores[start:stop] for score in several]
         lengths = [len(answer.strip().encode()) for _, answer in to_text(record, protocol)]
         best = max(range(len(sums)), key=sums.__getitem__)
         best_norm = max(range(len(sums)), key=lambda i: sums[i] / lengths[i])
-        predictions.append({"task": record["task"], "scores": sums, "prediction": best, "prediction_norm": best_norm,
+        predictions.append({"task": record["task"], "index": index, "scores": sums, "prediction": best, "prediction_norm": best_norm,
                             "label": record["label"]})
     percent = lambda hits: 100 * sum(hits) / max(1, len(predictions))  # noqa: E731
     commonest = Counter(p["label"] for p in predictions).most_common(1)
@@ -120,9 +120,14 @@ def table(results: dict[str, dict], protocol: str) -> str:
 
 # -------------------------------------------------------------------------------------------- command line
 
+def refuse(message: str):
+    """In place of argparse's own error(), which prints a page of usage."""
+    raise UserError(f"{message}; see --help")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see --help"))
+    parser.error = refuse
     parser.add_argument("--run", help="a run directory of train.py, or a directory with an adapter")
     parser.add_argument("--adapter", choices=("best", "last"), default="best", help="which of the run's adapters")
     parser.add_argument("--init", help="a base model, as in train.py; with --run the run's own")

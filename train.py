@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import platform
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records, prepare
-from eval import evaluate, headline
+from eval import evaluate, headline, refuse
 from gatera import (GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gate_values,
                     inject_adapters, load_adapter, save_adapter, write_atomically)
 from model import Transformer, load_tokenizer
@@ -82,9 +83,10 @@ class Config:
 
 
 PRESETS = {
-    # SmolLM2-135M answers grade-school science questions in cloze form: an hour of a GPU's work in minutes of a CPU's
-    "quickstart": dict(init="smollm2-135m", tasks="ARC-Easy", form="cloze", lr=5e-3, batch=16, epochs=1, max_steps=60,
-                       warmup=6, validation=40, eval_every=30, log_every=5, test=200),
+    # SmolLM2-135M learns to answer grade-school science questions in minutes of a laptop's CPU. The multiplicative
+    # update of HiRA wants a high rate: of 5e-3, 1e-2 and 2e-2, 1e-2 had the lowest loss on held-out training records.
+    "quickstart": dict(init="smollm2-135m", tasks="ARC-Easy", form="cloze", lr=1e-2, batch=16, max_steps=40, warmup=4,
+                       validation=40, eval_every=20, log_every=2, test=200),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
@@ -95,7 +97,7 @@ def parse(argv: list[str]) -> Config:
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see --help"))
+    parser.error = refuse
     config_fields = dataclasses.fields(Config)
     for field in config_fields:
         flag, text = "--" + field.name.replace("_", "-"), f"{comments[field.name]} [{field.default}]".replace("%", "%%")
@@ -191,7 +193,7 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
 
 def batches(n: int, c: Config):
     """Lists of record numbers, a list for each optimiser step, epoch after epoch. The order depends on the seed alone."""
-    for epoch in range(10**9):
+    for epoch in itertools.count():
         order = list(range(n))
         random.Random(f"{c.seed} {epoch}").shuffle(order)
         yield from (order[i:i + c.batch] for i in range(0, n, c.batch))
@@ -238,6 +240,14 @@ def validation_loss(model, questions, autocast, device, size: int) -> float:
     return total / tokens
 
 
+def keep_earlier_run(out: Path) -> None:
+    """Moves a run that is already in `out` aside, to out-1, out-2, ...: a new run overwrites nothing."""
+    if (out / "metrics.jsonl").exists():
+        aside = next(path for i in itertools.count(1) if not (path := out.with_name(f"{out.name}-{i}")).exists())
+        out.rename(aside)
+        print(f"the earlier run in {out} is now in {aside}")
+
+
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
@@ -262,6 +272,8 @@ def main(argv: list[str] | None = None) -> dict:
     if c.max_len > base.config.max_len:
         raise UserError(f"--max-len {c.max_len} is longer than the base's context of {base.config.max_len}")
     n_base = sum(p.numel() for p in base.parameters())
+    if c.test:
+        print(f"scoring {c.init} on {sum(map(len, test_records.values()))} test questions before training", flush=True)
     before = {task: evaluate(base, tokenizer, records, c.form, c.max_len) for task, records in test_records.items()}
 
     torch.manual_seed(c.seed)
@@ -287,6 +299,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, {c.form} "
           f"form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
+    keep_earlier_run(out)
     metrics = out / "metrics.jsonl"
     facts = {"config": dataclasses.asdict(c), "adapter": dataclasses.asdict(base.adapter_config), "steps": steps,
              "base_parameters": n_base, "trainable_parameters": n_trainable, "device": str(device), "dtype": str(dtype),
@@ -342,13 +355,14 @@ def main(argv: list[str] | None = None) -> dict:
                   f"norm {line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB | "
                   f"{clock(left)} left", flush=True)
         if validation and ((step + 1) % c.eval_every == 0 or last):
+            paused = time.time()
             value = validation_loss(model, validation, autocast, device, size)
             record({"step": step, "validation_loss": value})
             print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
                 best = value
                 save_adapter(base, out / "best")
-            clock_since = time.time()
+            clock_since += time.time() - paused
     save_adapter(base, out / "last")
     if validation:
         load_adapter(base, out / "best")

@@ -179,3 +179,21 @@ def test_the_quick_start_in_short(smollm, tmp_path, capsys):
     losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert min(losses[1:]) < losses[0] and set(results["tasks"]) == {"ARC-Easy"}
     assert "before" in capsys.readouterr().out
+
+
+def test_a_second_run_moves_the_first_aside(llama, tmp_path, capsys):
+    run(tmp_path / "run", llama, "--seed", "1")
+    first = adapter(tmp_path / "run")
+    run(tmp_path / "run", llama, "--seed", "2")
+    kept = adapter(tmp_path / "run-1")
+    assert all(torch.equal(first[name], kept[name]) for name in first)
+    assert not all(torch.equal(first[name], t) for name, t in adapter(tmp_path / "run").items())
+    assert "is now in" in capsys.readouterr().out
+
+
+def test_bfloat16_autocast_follows_float32(llama, tmp_path):
+    run(tmp_path / "fp32", llama)
+    run(tmp_path / "bf16", llama, "--dtype", "bfloat16")
+    for a, b in zip(metrics(tmp_path / "fp32")[1:], metrics(tmp_path / "bf16")[1:]):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=0.03)
+    assert all(tensor.dtype == torch.float32 for tensor in adapter(tmp_path / "bf16").values())
