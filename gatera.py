@@ -21,6 +21,7 @@ Delta starts at exactly 0 and the model at exactly its base; g = 0 gives the bas
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class AdapterConfig:
     dropout: float = 0.0           # on the input of Delta
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's choice
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
+    skip_closed: float = 0.0       # HiRA: tokens with a gate up to this skip Delta, forward and backward; 0: none do
 
     def __post_init__(self):
         self.targets = tuple(self.targets)
@@ -55,6 +57,9 @@ class AdapterConfig:
             ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
             ("alpha", self.alpha, self.alpha is None or self.alpha > 0, "a positive number"),
             ("dropout", self.dropout, 0 <= self.dropout < 1, "a number from 0 up to, not including, 1"),
+            ("skip_closed", self.skip_closed, 0 <= self.skip_closed < 1, "a number from 0 up to, not including, 1"),
+            ("skip_closed", self.skip_closed, self.skip_closed == 0 or (self.method, self.gate) == ("hira", "token"),
+             "0, but for hira with a token gate: elsewhere there is nothing to save"),
             ("targets", self.targets, len(self.targets) > 0, "at least one layer name"),
         ) if not fine]
         if wrong:
@@ -136,6 +141,9 @@ class GatedLinear(nn.Module):
         if self.gate != "none":
             self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, **options))
         self.gate_logit = None
+        self.enabled = True        # see adapters_off
+        self.dense = None          # see cached_products
+        self.skip_closed = config.skip_closed
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
@@ -153,6 +161,8 @@ class GatedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         W0 = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not self.enabled:
+            return F.linear(x, W0, bias)
 
         # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
         g = None
@@ -165,8 +175,18 @@ class GatedLinear(nn.Module):
 
         x_in = F.dropout(x, self.dropout, self.training)
         if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
-            flat = x_in.reshape(-1, x.shape[-1])
-            delta = GatedHadamard.apply(flat, W0, self.A, self.B, None if g is None else g.reshape(-1, 1))
+            flat, g = x_in.reshape(-1, x.shape[-1]), None if g is None else g.reshape(-1, 1)
+            if self.dense is not None:
+                delta = flat @ self.dense.t()
+                delta = delta if g is None else delta * g.to(x.dtype)
+            elif g is not None and self.skip_closed > 0:
+                # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is
+                # lost of the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
+                opened = (g > self.skip_closed).flatten().nonzero().flatten()                # (P,)
+                part = GatedHadamard.apply(flat[opened], W0, self.A, self.B, g[opened])      # (P, out)
+                delta = part.new_zeros(len(flat), len(W0)).index_copy(0, opened, part)       # (N, out)
+            else:
+                delta = GatedHadamard.apply(flat, W0, self.A, self.B, g)
             return F.linear(x, W0, bias) + delta.view(*x.shape[:-1], -1)
 
         # g * s B A x: the gate scales the r numbers between A and B rather than the many after B
@@ -221,6 +241,34 @@ def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of everything that trains, and nothing else."""
     return {f"{name}.{leaf}": p for name, layer in gated_layers(model).items()
             for leaf, p in layer.adapter_parameters().items()}
+
+
+@contextmanager
+def adapters_off(model: nn.Module):
+    """The base model, for as long as the `with` lasts."""
+    layers = gated_layers(model).values()
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@contextmanager
+def cached_products(model: nn.Module):
+    """Keeps HiRA's W0 ⊙ B A of every layer for as long as the `with` lasts: for decoding, where one token's product
+    with it is r times cheaper than making it. Costs the memory of the adapted weights once more; not for training."""
+    layers = [layer for layer in gated_layers(model).values() if layer.method == "hira"]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.dense = layer.weight * (layer.B @ layer.A).to(layer.weight.dtype)     # (out, in)
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = None
 
 
 # -------------------------------------------------------------------------------------------------- the gates

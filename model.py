@@ -16,6 +16,7 @@ Order of this file: config, the transformer, generation, pretrained weights, tok
 Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary;
 N tokens of a packed row, D documents in it.
 """
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -502,6 +503,7 @@ def llama_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
     yield f"{prefix}{LLAMA_NAMES.get(first, first)}{dot}{rest}", tensor
 
 
+@functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def open_gguf(path: Path):
     from gguf import GGUFReader  # only those who use a .gguf pay for the import
     try:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from data.commonsense import Question, pack
 from data.download import UserError
-from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, gate_entropy, gate_values,
+from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, adapters_off,
+                    cached_products, gate_entropy, gate_values,
                     gated_layers, inject_adapters, load_adapter, merge_adapters, save_adapter)
 from model import Transformer, TransformerConfig
 
@@ -332,3 +333,56 @@ def test_the_model_compiles_without_a_graph_break(method, gate):
 
     for a, b in zip(gradients(model), gradients(compiled)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------- switches and short cuts
+
+@every
+def test_adapters_can_be_switched_off_and_on(method, gate):
+    model = adapted(method, gate)
+    with_adapters = model(IDS)
+    with adapters_off(model):
+        assert torch.equal(model(IDS), tiny()(IDS))
+    assert torch.equal(model(IDS), with_adapters)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_cached_products_give_the_same_logits(gate):
+    model = adapted("hira", gate)
+    before = model(IDS)
+    with cached_products(model):
+        torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
+    assert all(layer.dense is None for layer in gated_layers(model).values())
+
+
+def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
+    torch.manual_seed(5)
+    linear, tau = nn.Linear(8, 12, bias=False).double().requires_grad_(False), 0.2
+    exact = GatedLinear(linear, AdapterConfig("hira", "token", r=8))
+    skipping = GatedLinear(linear, AdapterConfig("hira", "token", r=8, skip_closed=tau))
+    for name, p in exact.adapter_parameters().items():
+        p.data = torch.eye(8).double() if name == "A" else p.data + torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
+        getattr(skipping, name).data = p.data
+    x, dy = torch.randn(40, 8, dtype=torch.float64, requires_grad=True), torch.randn(40, 12, dtype=torch.float64)
+    outputs, gradients = [], []
+    for layer in (exact, skipping):
+        outputs.append(layer(x))
+        gradients.append(torch.autograd.grad((outputs[-1] * dy).sum(), [x, layer.B]))
+    g = torch.sigmoid(exact.gate_logit.detach())                                          # (40, 1)
+    closed = (g <= tau).flatten()
+    assert 0 < closed.sum() < 40
+    delta = x @ (linear.weight * (exact.B @ exact.A)).T
+    lost = outputs[0] - outputs[1]
+    assert torch.equal(lost[~closed], torch.zeros_like(lost[~closed]))
+    assert (lost[closed].norm(dim=1) <= tau * delta[closed].norm(dim=1)).all()
+    bound = (tau * linear.weight.abs().max() * dy.norm(dim=1) * x.norm(dim=1))[closed].sum()
+    assert 0 < (gradients[0][1] - gradients[1][1]).norm() <= bound
+    torch.testing.assert_close(gradients[0][0][~closed], gradients[1][0][~closed], rtol=0, atol=1e-12)
+
+
+def test_skipping_works_when_every_gate_is_closed():
+    model = adapted("hira", "token", skip_closed=0.1)
+    set_gates(model, -1e4)
+    logits = model(IDS)
+    logits.square().mean().backward()
+    assert torch.equal(logits, tiny()(IDS))
