@@ -32,7 +32,8 @@ from model import Tokenizer, Transformer, load_tokenizer
 # ----------------------------------------------------------------------------------------------- scoring
 
 @torch.no_grad()
-def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024, progress=None) -> list[list[float]]:
+def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024,
+                    progress=None) -> list[list[float]]:
     """sum of log p(answer token | prompt, earlier answer tokens), in nats, for each answer of each question.
 
     Questions are packed into rows of about `row_tokens` tokens, of similar length so that little attention is wasted,
@@ -75,7 +76,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
     training = model.training
     model.eval()
     name = records[0]["task"] if records else ""
-    with tqdm(total=len(questions), desc=f"{name} {protocol}", unit="q", leave=False, disable=quiet or None) as progress:
+    with tqdm(total=len(questions), desc=f"{name} {protocol}", unit="q", leave=False,
+              disable=quiet or None) as progress:
         scores = log_likelihoods(model, questions, progress=progress)
     model.train(training)
 
@@ -85,8 +87,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
         lengths = [len(answer.strip().encode()) for _, answer in to_text(record, protocol)]
         best = max(range(len(sums)), key=sums.__getitem__)
         best_norm = max(range(len(sums)), key=lambda i: sums[i] / lengths[i])
-        predictions.append({"task": record["task"], "index": index, "scores": sums, "prediction": best, "prediction_norm": best_norm,
-                            "label": record["label"]})
+        predictions.append({"task": record["task"], "index": index, "scores": sums, "prediction": best,
+                            "prediction_norm": best_norm, "label": record["label"]})
     percent = lambda hits: 100 * sum(hits) / max(1, len(predictions))  # noqa: E731
     commonest = Counter(p["label"] for p in predictions).most_common(1)
     return {
@@ -114,7 +116,8 @@ def table(results: dict[str, dict], protocol: str) -> str:
                      f"{result['majority']:>9.2f} {result['cut']:>5}")
     if len(results) > 1:
         mean = {key: sum(r[key] for r in results.values()) / len(results) for key in ("acc", "acc_norm", "majority")}
-        lines.append(f"{'mean':<14} {'':>6} {mean['acc']:>7.2f} {mean['acc_norm']:>9.2f} {'':>7} {mean['majority']:>9.2f}")
+        lines.append(f"{'mean':<14} {'':>6} {mean['acc']:>7.2f} {mean['acc_norm']:>9.2f} {'':>7} "
+                     f"{mean['majority']:>9.2f}")
     return "\n".join(lines)
 
 
@@ -137,7 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a directory of <task>/test.jsonl; default data/commonsense, made if need be")
     parser.add_argument("--max-len", type=int, default=512, help="longer questions lose the start of their prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, else float32")
     parser.add_argument("--out", help="where to write; default the run's directory, out/eval for a base model")
     return parser.parse_args(argv)
 
@@ -186,7 +189,8 @@ def main(argv: list[str] | None = None) -> dict:
     summary = {"base": base, "adapter": str(adapter) if adapter else None, "protocol": protocol, "limit": args.limit,
                "dtype": str(dtype), "torch": torch.__version__, "tasks": results,
                "mean": sum(headline(result, protocol) for result in results.values()) / len(results)}
-    write_atomically(out / "predictions.jsonl", lambda path: path.write_text("".join(json.dumps(p) + "\n" for p in predictions)))
+    lines = "".join(json.dumps(prediction) + "\n" for prediction in predictions)
+    write_atomically(out / "predictions.jsonl", lambda path: path.write_text(lines))
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     print(f"wrote {out}/results.json and predictions.jsonl")
     return summary

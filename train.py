@@ -42,7 +42,7 @@ from model import Transformer, load_tokenizer
 class Config:
     """Every setting. The comment of a field is its --help; the defaults are the paper's recipe."""
     preset: str = ""                # a named set of other defaults: quickstart
-    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, or a .gguf file
+    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, a .gguf file
     out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
     # the method
     peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
@@ -53,7 +53,7 @@ class Config:
     targets: str = "qkv,fc"         # adapted layers: qkv (q, k, v), fc (up, down), or layer names, with commas between
     entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
     gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
-    skip_closed: float = 0.0        # tokens with a gate up to this skip HiRA's update: faster where gates are closed; 0: none do
+    skip_closed: float = 0.0        # tokens with a gate up to this skip the update and its cost; 0: none do
     gate_lr: float = 0.0            # learning rate of w_g and b_g; 0: the same as lr
     # data
     tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
@@ -78,7 +78,7 @@ class Config:
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # auto (bfloat16 on cuda, float16 on older gpus, float32 on cpu), float32, bfloat16, float16
+    dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
 
@@ -137,12 +137,14 @@ def check(c: Config) -> list[str]:
     rules = [
         (c.peft in (*METHODS, "gatera"), f"--peft {c.peft}: expected one of {', '.join((*METHODS, 'gatera'))}"),
         (c.gate in GATES, f"--gate {c.gate}: expected one of {', '.join(GATES)}"),
-        (c.peft != "gatera" or c.gate == "token", f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
+        (c.peft != "gatera" or c.gate == "token",
+         f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
         (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
         (set(tasks) <= set(TASKS), f"--tasks {c.tasks}: expected all or some of {', '.join(TASKS)}"),
         (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
         (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), f"--device {c.device}: expected auto, cpu, cuda or cuda:N"),
-        (not c.device.startswith("cuda") or torch.cuda.is_available(), f"--device {c.device}: no CUDA GPU here; use --device cpu"),
+        (not c.device.startswith("cuda") or torch.cuda.is_available(),
+         f"--device {c.device}: no CUDA GPU here; use --device cpu"),
         (0 <= c.dropout < 1, f"--dropout {c.dropout}: expected 0 up to, not including, 1"),
         (0 <= c.skip_closed < 1, f"--skip-closed {c.skip_closed}: expected 0 up to, not including, 1"),
         (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr}: expected a positive number"),
@@ -194,7 +196,7 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
 
 
 def batches(n: int, c: Config):
-    """Lists of record numbers, a list for each optimiser step, epoch after epoch. The order depends on the seed alone."""
+    """Record numbers, a list for each optimiser step, epoch after epoch. The order depends on the seed alone."""
     for epoch in itertools.count():
         order = list(range(n))
         random.Random(f"{c.seed} {epoch}").shuffle(order)
@@ -242,6 +244,16 @@ def validation_loss(model, questions, autocast, device, size: int) -> float:
     return total / tokens
 
 
+def progress(line: dict, steps: int) -> str:
+    """A line of metrics.jsonl as people read it."""
+    gates = ""
+    if "gate_prompt" in line:
+        gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
+                 f" answer {line.get('gate_answer', math.nan):.2f}")
+    return (f"step {line['step']:>5}/{steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm "
+            f"{line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
+
+
 def keep_earlier_run(out: Path) -> None:
     """Moves a run that is already in `out` aside, to out-1, out-2, ...: a new run overwrites nothing."""
     if (out / "metrics.jsonl").exists():
@@ -279,8 +291,9 @@ def main(argv: list[str] | None = None) -> dict:
     inject_adapters(base, adapter_config(c))
     trainable = adapter_state(base)
     n_trainable = sum(p.numel() for p in trainable.values())
+    share = 100 * n_trainable / (n_base + n_trainable)
     print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
+          f"{share:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
 
     gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
     others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
@@ -295,8 +308,8 @@ def main(argv: list[str] | None = None) -> dict:
     steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
     if c.warmup >= steps:
         raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, {c.form} "
-          f"form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
+    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
+          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
     keep_earlier_run(out)
     metrics = out / "metrics.jsonl"
@@ -349,10 +362,7 @@ def main(argv: list[str] | None = None) -> dict:
             left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
             tokens_since, clock_since = 0, now
             record(line)
-            shown = f" | gate prompt {line['gate_prompt']:.2f} answer {line.get('gate_answer', math.nan):.2f}" if "gate_prompt" in line else ""
-            print(f"step {step:>5}/{steps} | loss {line['loss']:.4f} | entropy {line['entropy']:.3f}{shown} | lr {line['lr']:.2e} | "
-                  f"norm {line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB | "
-                  f"{clock(left)} left", flush=True)
+            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
         if validation and ((step + 1) % c.eval_every == 0 or last):
             paused = time.time()
             value = validation_loss(model, validation, autocast, device, size)
@@ -371,7 +381,8 @@ def main(argv: list[str] | None = None) -> dict:
     # -------------------------------------------------------------------------------------------- results
     if cut:
         print(f"{cut} questions were longer than {c.max_len} tokens and lost the start of their prompt")
-    results = {"steps": steps, "best_validation_loss": best if validation else None, "seconds": time.time() - started, "tasks": {}}
+    results = {"steps": steps, "best_validation_loss": best if validation else None,
+               "seconds": time.time() - started, "tasks": {}}
     for task, records in test_records.items():
         print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
         with adapters_off(base):  # the frozen base is what it was

@@ -47,7 +47,8 @@ def instruction(record: dict) -> str:
     text = text.format(question=record["question"])
     names = label_names(record)
     if word is not None:
-        text += "\n\n" + separator.join(f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
+        lettered = (f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
+        text += "\n\n" + separator.join(lettered)
     return text + (" " if record["task"] == "winogrande" else "\n\n") + "Answer format: " + "/".join(names)
 
 
@@ -72,7 +73,8 @@ def cloze_form(record: dict) -> list[tuple[str, str]]:
         return [(before + choice, " " + after.strip()) for choice in choices]
     if task == "boolq":
         passage = f"{record['passage']}\n" if record.get("passage") else ""
-        return [(f"{passage}Question: {question}?\nAnswer:", " yes" if choice == "true" else " no") for choice in choices]
+        prompt = f"{passage}Question: {question}?\nAnswer:"
+        return [(prompt, " yes" if choice == "true" else " no") for choice in choices]
     if task == "hellaswag":
         return [(without_tags(question), " " + without_tags(choice)) for choice in choices]
     if task == "social_i_qa":
