@@ -333,7 +333,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
-        """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU).
+        """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU), in eval mode.
 
         name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl; smollm2-135m (from the package index); a hub id of
         GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
@@ -344,7 +344,8 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)  # shapes alone; each weight gets its memory when it is read
         load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
-        return model
+        model.name_or_path = str(name_or_path)
+        return model.eval()
 
 
 def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.device, source) -> None:
