@@ -25,8 +25,8 @@ from tqdm import tqdm
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records
-from gatera import load_adapter, write_atomically
-from model import Tokenizer, Transformer, load_tokenizer
+from gatera import export_peft, load_adapter, merge_adapters, write_atomically
+from model import Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -140,7 +140,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a directory of <task>/test.jsonl; default data/commonsense, made if need be")
     parser.add_argument("--max-len", type=int, default=512, help="longer questions lose the start of their prompt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16 on cuda, else float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--export", nargs=2, metavar=("hf|peft", "DIR"),
+                        help="instead of scoring, write the merged model in Hugging Face layout (hf) or the adapter in "
+                             "peft's (peft); ungated adapters only")
     parser.add_argument("--out", help="where to write; default the run's directory, out/eval for a base model")
     return parser.parse_args(argv)
 
@@ -151,13 +154,15 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     wrong = [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
     wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
     wrong += [] if args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
+    wrong += [] if not args.export or args.export[0] in ("hf", "peft") else [f"--export {args.export[0]}; expected hf or peft"]
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         wrong.append("--device cuda: this machine has no CUDA GPU; use --device cpu")
     adapter, run = None, {}
     if args.run:
         places = [Path(args.run) / args.adapter, Path(args.run)]
-        adapter = next((place for place in places if (place / "adapter.safetensors").exists()), None)
+        adapter = next((place for place in places if (place / "adapter.safetensors").exists()
+                        or (place / "adapter_config.json").exists()), None)  # the latter is peft's
         if adapter is None:
             wrong.append(f"{args.run}: no adapter there; looked for {places[0]}/adapter.safetensors")
         config = Path(args.run) / "config.json"
@@ -169,17 +174,29 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     return tasks, adapter, run
 
 
+def export(model: Transformer, base: str, layout: str, directory: str) -> dict:
+    if layout == "peft":
+        export_peft(model, directory)
+    else:
+        merge_adapters(model)
+        save_pretrained(model, directory, base)
+    print(f"wrote {directory}")
+    return {}
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     tasks, adapter, run = check(args)
     base, protocol = args.init or run["init"], args.protocol or run.get("form", "cloze")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     extra = {} if args.data is None else {"out": Path(args.data)}
-    records = {task: load_records(task, "test", **extra)[:args.limit or None] for task in tasks}
+    records = {task: load_records(task, "test", **extra)[:args.limit or None] for task in tasks if not args.export}
     tokenizer = load_tokenizer(base)
     model = Transformer.from_pretrained(base, dtype=dtype, device=args.device)
     if adapter is not None:
         load_adapter(model, adapter)
+    if args.export:
+        return export(model, base, *args.export)
     print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol} form, {sum(map(len, records.values()))} questions")
 
     results = {task: evaluate(model, tokenizer, records[task], protocol, args.max_len) for task in tasks}

@@ -21,6 +21,7 @@ Delta starts at exactly 0 and the model at exactly its base; g = 0 gives the bas
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
 from data.download import UserError
+from model import hugging_face_name
 
 METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
 
@@ -141,9 +143,10 @@ class GatedLinear(nn.Module):
         if self.gate != "none":
             self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, **options))
         self.gate_logit = None
-        self.enabled = True        # see adapters_off
-        self.dense = None          # see cached_products
+        self.enabled = True          # see adapters_off
+        self.dense = None            # see cached_products
         self.skip_closed = config.skip_closed
+        self.train(linear.training)  # or dropout would be at work in a model in eval mode
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
@@ -321,17 +324,15 @@ def save_adapter(model: nn.Module, directory) -> None:
 
 
 def load_adapter(model: nn.Module, directory) -> AdapterConfig:
-    """Injects the adapter that `save_adapter` wrote to `directory` into a base model, or overwrites the values of an
-    adapter already there. Strict: UserError names missing, surplus and misshapen tensors and broken files."""
+    """Injects the adapter that `save_adapter`, `export_peft` or peft itself wrote to `directory` into a base model, or
+    overwrites the values of an adapter already there. Strict: UserError names missing, surplus and misshapen tensors,
+    broken files and settings of peft that no AdapterConfig expresses."""
     file = Path(directory) / "adapter.safetensors"
-    config = read_adapter_config(directory)
-    try:
-        with safe_open(file, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: broken or truncated ({error})") from None
+    if (Path(directory) / "adapter_config.json").exists() and not file.exists():
+        file = Path(directory) / "adapter_model.safetensors"
+        config, tensors = read_peft(model, file)
+    else:
+        config, tensors = read_adapter_config(directory), read_tensors(file)
     if not gated_layers(model):
         inject_adapters(model, config)
     elif model.adapter_config != config:
@@ -350,6 +351,17 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     return config
 
 
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; UserError if it is not there or not whole."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: broken or truncated ({error})") from None
+
+
 def read_adapter_config(directory) -> AdapterConfig:
     """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
     file = Path(directory) / "adapter.json"
@@ -359,7 +371,8 @@ def read_adapter_config(directory) -> AdapterConfig:
             raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
         return AdapterConfig(**raw)
     except FileNotFoundError:
-        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json") from None
+        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
+                        "that peft wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise UserError(f"{file}: not an adapter's configuration ({error})") from None
 
@@ -387,3 +400,142 @@ def merge_adapters(model: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
     model.adapter_config = None
+
+
+# ---------------------------------------------------------------------------------------------- peft's files
+#
+# peft names layers as transformers does, and has one adapter for GPT-2's fused c_attn where we have one each for q, k
+# and v. Three of rank r are exactly one of rank 3r, in blocks; m, one number a row of W0, is stacked like B:
+#
+#    BA = [ B_q  0   0  ] [ A_q ]
+#         [  0  B_k  0  ] [ A_k ]        Every layer then gets rank 3r, the others filled up with zeros, as not every
+#         [  0   0  B_v ] [ A_v ]        version of peft heeds its `rank_pattern` (for HiRA, 0.21 does not).
+#
+# The other way round, one that peft trained on c_attn is three that share A: B_q A, B_k A and B_v A.
+
+PEFT_KEYS = {"lora": {"A": "lora_A.weight", "B": "lora_B.weight"}, "hira": {"A": "hira_A", "B": "hira_B"},
+             "dora": {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}}
+# Fields of adapter_config.json that we follow, or that do not change what the adapter computes. All others have to be
+# off, so that whatever peft invents is refused by name instead of overlooked.
+PEFT_FIELDS = set("""peft_type task_type peft_version auto_mapping base_model_name_or_path revision inference_mode
+    r lora_alpha lora_dropout hira_dropout use_rslora use_dora target_modules exclude_modules fan_in_fan_out
+    init_lora_weights init_weights layers_pattern megatron_core qalora_group_size""".split())
+
+
+def peft_layers(model: nn.Module) -> dict[str, list[str]]:
+    """{transformers' name of a linear layer: our names}; q, k and v for GPT-2's c_attn, else one."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, GatedLinear)):
+            name = name.removeprefix("_orig_mod.")
+            layers.setdefault(hugging_face_name(name, model.config), []).append(name)
+    return layers
+
+
+def export_peft(model: nn.Module, directory) -> None:
+    """Writes an ungated adapter as adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained.
+
+    Raises UserError for a gated adapter: peft would drop the gate without a word, and compute something else."""
+    adapted = gated_layers(model)
+    if not adapted:
+        raise UserError("the model has no adapter to export")
+    config, keys = model.adapter_config, PEFT_KEYS[model.adapter_config.method]
+    if config.gate != "none":
+        raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently")
+    layers = {path: names for path, names in peft_layers(model).items() if any(name in adapted for name in names)}
+    rank = config.r * max(map(len, layers.values()))
+    tensors = {}
+    for path, names in layers.items():
+        parts = [peft_part(model.get_submodule(name), config) for name in names]
+        A, B = torch.cat([part["A"] for part in parts]), torch.block_diag(*(part["B"] for part in parts))
+        fill = rank - len(A)
+        state = {"A": F.pad(A, (0, 0, 0, fill)), "B": F.pad(B, (0, fill))}          # (rank, in), (out, rank)
+        if config.method == "dora":
+            state["m"] = torch.cat([part["m"] for part in parts])                   # (out,)
+        tensors |= {f"base_model.model.{path}.{keys[leaf]}": t.detach().cpu().contiguous() for leaf, t in state.items()}
+    # the name of a layer, or two of them where attention and MLP share one: attn.c_proj, mlp.c_proj
+    targets = {".".join(path.split(".")[-2 if path.endswith("c_proj") else -1:]) for path in layers}
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "name_or_path", None),
+           "inference_mode": True, "r": rank, "target_modules": sorted(targets),
+           "fan_in_fan_out": model.config.positions == "learned"}                   # GPT-2's Conv1D keeps (in, out)
+    if config.method == "hira":
+        raw |= {"peft_type": "HIRA", "hira_dropout": config.dropout}
+    else:
+        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank), "lora_dropout": config.dropout,
+                "use_rslora": config.rslora, "use_dora": config.method == "dora", "bias": "none"}
+    write_atomically(Path(directory) / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(Path(directory) / "adapter_config.json", lambda path: path.write_text(json.dumps(raw, indent=2) + "\n"))
+
+
+def peft_part(layer: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
+    """A, B and m of a layer; for one without adapter, inside a c_attn with one, those that change nothing: A = B = 0."""
+    if isinstance(layer, GatedLinear):
+        return layer.adapter_parameters()
+    W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))    # (out, in)
+    return {"A": W0.new_zeros(config.r, W0.shape[1]), "B": W0.new_zeros(W0.shape[0], config.r), "m": W0.norm(dim=1)}
+
+
+def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """The AdapterConfig and the tensors, by our names, that peft or `export_peft` wrote. UserError names the file and
+    what no AdapterConfig expresses, what is missing and what is surplus."""
+    where = file.with_name("adapter_config.json")
+    try:
+        raw = json.loads(where.read_text(encoding="utf-8"))
+        kind, r, wanted = raw["peft_type"], raw["r"], raw["target_modules"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: not an adapter's configuration ({error!r})") from None
+    init = raw.get("init_lora_weights", True)
+    wrong = [f"peft_type {kind}, only LORA and HIRA"] if kind not in ("LORA", "HIRA") else []
+    wrong += [f"r {r!r}"] if not isinstance(r, int) or r < 1 else []
+    wrong += [f"init_lora_weights {init!r}, which changes the base"] if init not in (True, False, "gaussian") else []
+    wrong += [f"{name} {value!r}" for name, value in raw.items()
+              if name not in PEFT_FIELDS and value not in (None, False, "none", [], {})]
+    if wrong:
+        raise UserError(f"{where}: not supported: {'; '.join(wrong)}")
+    method = "hira" if kind == "HIRA" else "dora" if raw.get("use_dora") else "lora"
+    matches = lambda path: (re.fullmatch(wanted, path) if isinstance(wanted, str)  # noqa: E731
+                            else any(f".{path}".endswith(f".{target}") for target in wanted or ()))
+    layers = {path: names for path, names in peft_layers(model).items() if matches(path)}
+    if not layers:
+        raise UserError(f"{where}: target_modules {wanted!r} are no layers of this base model; it has "
+                        f"{', '.join(sorted({path.split('.')[-1] for path in peft_layers(model)}))}")
+
+    found, parts = read_tensors(file), {}
+    for path in layers:
+        keys = {leaf: f"base_model.model.{path}.{key}" for leaf, key in PEFT_KEYS[method].items()}
+        if missing := [key for key in keys.values() if key not in found]:
+            raise UserError(f"{file}: missing {', '.join(missing)}")
+        part = parts[path] = {leaf: found.pop(key) for leaf, key in keys.items()}
+        if part["A"].shape[:1] != (r,) or part["B"].shape[1:] != (r,):
+            raise UserError(f"{file}: {path} has A {tuple(part['A'].shape)} and B {tuple(part['B'].shape)}, expected "
+                            f"(r, in) and (out, r) with r = {r}")
+    if found:
+        raise UserError(f"{file}: unexpected {', '.join(sorted(found)[:4])}{' and more' if len(found) > 4 else ''}")
+
+    # Written in blocks, as above? Then each part of rank r / 3 is taken out of its own; else they share A.
+    n = max(map(len, layers.values()))
+    block = lambda part, i, of: (part["A"][i * r // n:(i + 1) * r // n],  # noqa: E731
+                                 part["B"].chunk(of)[i][:, i * r // n:(i + 1) * r // n])
+    nonzero = lambda *tensors: sum(int(tensor.count_nonzero()) for tensor in tensors)  # noqa: E731
+    in_blocks = n > 1 and r % n == 0 and any(part["B"].any() for part in parts.values()) and all(
+        nonzero(part["A"], part["B"]) == sum(nonzero(*block(part, i, len(layers[path]))) for i in range(len(layers[path])))
+        for path, part in parts.items())
+    tensors = {}
+    for path, names in layers.items():
+        for i, name in enumerate(names):
+            part = parts[path]
+            A, B = block(part, i, len(names)) if in_blocks else (part["A"], part["B"].chunk(len(names))[i])
+            tensors |= {f"{name}.A": A, f"{name}.B": B}
+            if method == "dora":
+                tensors[f"{name}.m"] = part["m"].chunk(len(names))[i]
+    # A q, k or v whose A and B are zero in every layer was no target of `export_peft`; with DoRA its m may have moved
+    targets = dict.fromkeys(name.split(".")[-2] for name, tensor in tensors.items() if tensor.any())
+    tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[-2] in targets}
+    own_r, root = r // n if in_blocks else r, math.sqrt if raw.get("use_rslora") else float
+    try:
+        config = AdapterConfig(method, "none", own_r, rslora=bool(raw.get("use_rslora")), targets=targets,
+                               alpha=None if method == "hira" else raw.get("lora_alpha", 8) / root(r) * root(own_r),
+                               dropout=raw.get("hira_dropout" if method == "hira" else "lora_dropout", 0.0))
+    except (TypeError, UserError) as error:
+        raise UserError(f"{where}: {error}") from None
+    return config, tensors

@@ -19,6 +19,7 @@ N tokens of a packed row, D documents in it.
 import functools
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 from data.download import UserError, fetch_model, smollm2_135m
@@ -114,7 +116,7 @@ def inverse_frequencies(config: TransformerConfig, device=None) -> torch.Tensor:
     turns = scaling["original_max_position_embeddings"] / wavelength  # turns in the original context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = (turns - low) / (high - low)
-    blended = (1 - smooth) * (theta / scaling["factor"]) + smooth * theta
+    blended = (1 - smooth) * theta / scaling["factor"] + smooth * theta
     return torch.where(turns < low, theta / scaling["factor"], torch.where(turns > high, theta, blended))
 
 
@@ -332,7 +334,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
-        """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU).
+        """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU), in eval mode.
 
         name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl; smollm2-135m (from the package index); a hub id of
         GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
@@ -343,7 +345,8 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)  # shapes alone; each weight gets its memory when it is read
         load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
-        return model
+        model.name_or_path = str(name_or_path)
+        return model.eval()
 
 
 def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.device, source) -> None:
@@ -385,7 +388,10 @@ def find_model(name_or_path: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
+        return raw
     except FileNotFoundError:
         raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer files") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -405,7 +411,7 @@ def read_directory(directory: Path):
     except ValueError as error:
         raise UserError(f"{directory / 'config.json'}: {error}") from None
     if (directory / "model.safetensors.index.json").exists():
-        names = sorted(set(read_json(directory / "model.safetensors.index.json")["weight_map"].values()))
+        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
     else:
         names = ["model.safetensors"]
     files = [directory / Path(name).name for name in names]
@@ -465,6 +471,8 @@ GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "
               "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
                "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja", "generation_config.json")
 GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
               "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
               "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -503,6 +511,65 @@ def llama_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
     yield f"{prefix}{LLAMA_NAMES.get(first, first)}{dot}{rest}", tensor
 
 
+def hugging_face_name(name: str, config: TransformerConfig) -> str:
+    """Our name of a layer or weight -> Hugging Face's, by the tables above. GPT-2's q, k and v share one, c_attn."""
+    gpt2 = config.positions == "learned"
+    if name.startswith("head"):
+        return f"lm_{name}"
+    prefix = "transformer." if gpt2 else "model."
+    if name.startswith("blocks."):
+        _, layer, name = name.split(".", 2)
+        prefix += f"{'h' if gpt2 else 'layers'}.{layer}."
+    names = [(ours, theirs) for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items()]
+    names += [(f"attn.{part}_proj", "attn.c_attn") for part in "qkv" if gpt2]
+    return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
+
+
+def save_pretrained(model: Transformer, directory, source: str) -> None:
+    """Writes `model` to `directory` in Hugging Face layout: config.json, model.safetensors and tokenizer files.
+
+    source: the model it was made from, as in `from_pretrained`; its tokenizer and the rest of its config go along.
+    Raises UserError while the model has adapters (merge them first), and for a target that is the source itself.
+    """
+    source, directory = find_model(str(source)), Path(directory)
+    if getattr(model, "adapter_config", None) is not None:
+        raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
+    if directory.resolve() == source.resolve() or directory.is_file():
+        raise UserError(f"{directory}: cannot write here, it is {'a file' if directory.is_file() else 'the base model itself'}")
+    directory.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".gguf":
+        raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
+    else:
+        raw = read_json(source / "config.json")
+        for old, new in (*((name, name) for name in TOKENIZER_FILES), ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+            if (source / old).exists():
+                shutil.copyfile(source / old, directory / new)
+    parts = {}  # GPT-2's c_attn has three
+    for name, tensor in model.named_parameters():  # a tied head is listed once, as embed.weight
+        theirs = hugging_face_name(name, model.config)
+        if raw["model_type"] == "gpt2" and theirs.endswith(".weight") and (".attn." in theirs or ".mlp." in theirs):
+            tensor = tensor.t()  # Conv1D keeps (in, out)
+        parts.setdefault(theirs, []).append(tensor.detach().cpu())
+    tensors = {name: (several[0] if len(several) == 1 else torch.cat(several, -1)).contiguous() for name, several in parts.items()}
+    raw.pop("dtype", None)
+    raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def llama_fields(config: TransformerConfig, source: Path) -> dict:
+    """The config.json of a Llama that came without one: `llama_config`, backwards."""
+    if config.rope_scaling is not None:
+        raise UserError(f"{source}: holds the finished divisors of its rotation speeds, and a config.json wants their "
+                        "recipe; export from the model's Hugging Face files instead")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+            "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "hidden_size": config.d_model,
+            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len, "rms_norm_eps": config.norm_eps,
+            "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
+
+
 @functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def open_gguf(path: Path):
     from gguf import GGUFReader  # only those who use a .gguf pay for the import
@@ -520,6 +587,8 @@ def read_gguf(path: Path):
     family = field("general.architecture")
     if family != "llama":
         raise UserError(f"{path}: architecture '{family}' is not supported in .gguf files; llama is")
+    if field("llama.rope.scaling.type", "none") != "none":
+        raise UserError(f"{path}: rope scaling '{field('llama.rope.scaling.type')}' is not supported in .gguf files")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     get = lambda tensor: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # noqa: E731
     try:
@@ -572,11 +641,21 @@ class Tokenizer:
                  bos: int | None = None):
         import tiktoken
         self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
+        # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
+        self.split, self.tokenless = split, bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        self.special = special  # {name: id} of the tokens that no text encodes to
         self.eos = eos  # ends a text
         self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        drop = lambda piece: piece.encode("utf-8", "replace").translate(None, self.tokenless)  # noqa: E731
+        if not self.tokenless or len(drop(text)) == len(text.encode("utf-8", "replace")):
+            return self.encoding.encode_ordinary(text)
+        # As Hugging Face does: bytes without a token vanish after the split into words and before the merges.
+        # (tiktoken would abort.)
+        import regex
+        words = (drop(match.group()) for match in regex.finditer(self.split, text))
+        return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
 
     def decode(self, ids: list[int]) -> str:
         return self.encoding.decode(ids)
@@ -589,10 +668,18 @@ def byte_symbols() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def byte_ranks(vocabulary: dict[str, int], special: set[str]) -> dict[bytes, int]:
-    """{token as bytes: id}. tiktoken merges the pair with the lowest id first, as byte-level BPE files are ordered."""
+def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file: Path) -> dict[bytes, int]:
+    """{token as bytes: id}. tiktoken first merges the pair whose token has the lowest id; that is the order of
+    `merges` ("a b" or [a, b]) in every byte-level BPE file we know, and UserError for one where it is not."""
     symbols = byte_symbols()
-    return {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+    try:
+        ranks = {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
+    except KeyError as error:
+        raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
+    if merged != sorted(merged):
+        raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
+    return ranks
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
@@ -608,7 +695,9 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
             vocabulary = read_json(path / vocab)
             end = "<|endoftext|>"
             special = {end: vocabulary[end]} if end in vocabulary else {}
-            return Tokenizer("gpt2", SPLIT["gpt-2"], byte_ranks(vocabulary, set(special)), special, special.get(end))
+            lines = [line for line in (path / merges).read_text(encoding="utf-8").split("\n") if line and line[:8] != "#version"]
+            ranks = byte_ranks(vocabulary, set(special), lines, path / merges)
+            return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end))
     kind = "; it has a SentencePiece model, which is not byte-level BPE" if (path / "tokenizer.model").exists() else ""
     raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
 
@@ -616,7 +705,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 def json_tokenizer(directory: Path) -> Tokenizer:
     file = directory / "tokenizer.json"
     raw = read_json(file)
-    model, steps = raw["model"], raw.get("pre_tokenizer") or {}
+    model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
     if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
@@ -631,7 +720,7 @@ def json_tokenizer(directory: Path) -> Tokenizer:
     else:
         raise UserError(f"{file}: this way of splitting words is not supported: {kinds}")
     special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    ranks = byte_ranks(model["vocab"], set(special))
+    ranks = byte_ranks(model.get("vocab", {}), set(special), model.get("merges", []), file)
     settings = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         if (directory / name).exists():
@@ -655,6 +744,41 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     NORMAL = 1
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
-    ranks = byte_ranks({token: i for i, token in enumerate(tokens)}, set(special))
+    ranks = byte_ranks({token: i for i, token in enumerate(tokens)}, set(special), get("tokenizer.ggml.merges") or [], file)
     bos = get("tokenizer.ggml.bos_token_id") if get("tokenizer.ggml.add_bos_token") else None
     return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id"), bos)
+
+
+def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
+    """A .gguf file's tokenizer as tokenizer.json and tokenizer_config.json. Returns the ids that config.json names."""
+    fields = open_gguf(file).fields
+    get = lambda key, default=None: fields[key].contents() if key in fields else default  # noqa: E731
+    tokenizer, tokens = gguf_tokenizer(file), get("tokenizer.ggml.tokens")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.split}, "behavior": "Isolated", "invert": False}
+    steps = {"gpt-2": [byte_level], "smollm": [{"type": "Digits", "individual_digits": True}, byte_level],
+             "llama-bpe": [split, byte_level | {"use_regex": False}]}[get("tokenizer.ggml.pre")]
+    special = [{"id": i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False} for token, i in tokenizer.special.items()]
+    first = None  # the token that stands before every text
+    if tokenizer.bos is not None:
+        name = tokens[tokenizer.bos]
+        single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        first = {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
+                 "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]}}}
+    (directory / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
+        "post_processor": first, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": get("tokenizer.ggml.pre") == "llama-bpe",
+                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": get("tokenizer.ggml.merges")}},
+        ensure_ascii=False), encoding="utf-8")
+    ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in (
+        ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
+    settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
+        "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template")}, indent=2) + "\n", encoding="utf-8")
+    return {f"{name}_token_id": i for name, i in ids.items() if name != "unk" and i is not None}
