@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -131,8 +132,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Flow(NamedTuple):
     """What every block needs to know about the tokens beside their activations."""
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
-    grid: torch.Tensor | None   # (D, L) packed row -> documents: which token of the row is token t of document d
-    slot: torch.Tensor | None   # (N,)   documents -> packed row: where each token's result is to be found
+    # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
+    # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
+    grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
+    slot: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
     cache: "KVCache | None"
 
 
@@ -220,6 +223,21 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Recomputing:
+    """`now` is True while a checkpointed block runs for the second time, in the backward. Layers that keep something
+    of their forward must not keep that one's: its graph would hold the block's activations, and save no memory."""
+    now = False
+
+
+@contextmanager
+def recomputation():
+    Recomputing.now = True
+    try:
+        yield
+    finally:
+        Recomputing.now = False
+
+
 class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -256,7 +274,8 @@ class Transformer(nn.Module):
             # a spare place; cells that share a token hold the same result, and any of them will do.
             cells = torch.arange(documents.numel(), device=ids.device)
             slot = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
-            grid = documents.clamp(min=0)
+            # What is in the spare cells is never seen. Different tokens, as many gradients to one would queue on a GPU.
+            grid = torch.where(documents < 0, cells.view_as(documents) % T, documents)
             if positions is None:
                 positions = (slot % documents.shape[1])[None]
         elif positions is None:
@@ -277,7 +296,7 @@ class Transformer(nn.Module):
         flow = Flow(rotary, grid, slot, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, flow, use_reentrant=False)
+                x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
             else:
                 x = block(x, flow)
         if select is not None:
@@ -293,11 +312,13 @@ class Transformer(nn.Module):
         """Continues each prompt (token ids, lengths may differ) by up to `max_new_tokens`, with a KV cache.
 
         temperature 0 takes the likeliest token; above 0 samples from softmax(logits / temperature), from the
-        `top_k` likeliest if given. Returns the new ids, without `stop`. Raises ValueError for an empty prompt
-        or one that leaves no room.
+        `top_k` likeliest if given, by a `generator` of the model's device. Returns the new ids, without `stop`.
+        Raises ValueError for an empty prompt, one that leaves no room, or settings out of range.
         """
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one prompt, each with at least one token")
+        if temperature < 0 or max_new_tokens < 0 or top_k is not None and top_k < 1:
+            raise ValueError(f"temperature {temperature}, max_new_tokens {max_new_tokens}, top_k {top_k}: out of range")
         device, lengths = self.embed.weight.device, torch.tensor([len(p) for p in prompts])
         total = int(lengths.max()) + max_new_tokens
         if total > self.config.max_len:
@@ -325,7 +346,7 @@ class Transformer(nn.Module):
                 done |= new == stop
                 if done.all():
                     break
-            ids, positions, last = new[:, None], (lengths + step)[:, None], None
+            ids, positions = new[:, None], (lengths + step)[:, None]
             last = torch.arange(len(prompts), device=device)
         rows = torch.stack(out, dim=1).tolist() if out else [[] for _ in prompts]
         return [row[:row.index(stop)] if stop in row else row for row in rows]
@@ -711,6 +732,8 @@ def json_tokenizer(directory: Path) -> Tokenizer:
     if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
         raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
                         "SentencePiece tokenizers, such as Llama 2's, are not supported")
+    if steps[-1].get("add_prefix_space") or steps[0].get("behavior", "Isolated") != "Isolated" or steps[0].get("invert"):
+        raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
     if kinds == ["ByteLevel"]:
         split = SPLIT["gpt-2"]
     elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -745,7 +768,10 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
     ranks = byte_ranks({token: i for i, token in enumerate(tokens)}, set(special), get("tokenizer.ggml.merges") or [], file)
-    bos = get("tokenizer.ggml.bos_token_id") if get("tokenizer.ggml.add_bos_token") else None
+    add_bos = get("tokenizer.ggml.add_bos_token")
+    if add_bos is None:  # llama.cpp's default
+        add_bos = split == "llama-bpe"
+    bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
     return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id"), bos)
 
 

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records, prepare
-from eval import evaluate, headline, refuse
-from gatera import (GATES, METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
+from eval import device_problems, evaluate, headline, pick_device, refuse
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
                     inject_adapters, load_adapter, save_adapter, write_atomically)
 from model import Transformer, load_tokenizer
 
@@ -95,6 +95,7 @@ TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")
 
 def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
+    # every field of Config ends in a comment, which is its help
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -118,13 +119,15 @@ def parse(argv: list[str]) -> Config:
             try:
                 given[field.name] = field.type(text)
             except ValueError:
-                wrong.append(f"--{field.name.replace('_', '-')} {text}: expected {field.type.__name__}")
+                kind = {int: "a whole number", float: "a number"}[field.type]
+                wrong.append(f"--{field.name.replace('_', '-')} {text}: expected {kind}")
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     config = Config(**(PRESETS.get(preset, {}) | given))
     config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
-    config.out = config.out or f"out/{preset or f'{Path(config.init).stem}-{config.peft}-{config.gate}'}"
+    base = Path(config.init).name.removesuffix(".gguf")
+    config.out = config.out or f"out/{preset or f'{base}-{config.peft}-{config.gate}'}"
     wrong += check(config)
     if wrong:
         raise UserError("; ".join(wrong))
@@ -133,50 +136,55 @@ def parse(argv: list[str]) -> Config:
 
 def check(c: Config) -> list[str]:
     """What is wrong with the values, one text each."""
-    tasks = task_names(c)
+    tasks, floats = task_names(c), [f.name for f in dataclasses.fields(c) if f.type is float]
+    unknown = [task for task in tasks if task not in TASKS]
     rules = [
         (c.peft in (*METHODS, "gatera"), f"--peft {c.peft}: expected one of {', '.join((*METHODS, 'gatera'))}"),
-        (c.gate in GATES, f"--gate {c.gate}: expected one of {', '.join(GATES)}"),
         (c.peft != "gatera" or c.gate == "token",
          f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
         (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
-        (set(tasks) <= set(TASKS), f"--tasks {c.tasks}: expected all or some of {', '.join(TASKS)}"),
+        (not unknown, f"--tasks {', '.join(unknown)}: expected all or some of {', '.join(TASKS)}"),
+        (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
         (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), f"--device {c.device}: expected auto, cpu, cuda or cuda:N"),
-        (not c.device.startswith("cuda") or torch.cuda.is_available(),
-         f"--device {c.device}: no CUDA GPU here; use --device cpu"),
-        (0 <= c.dropout < 1, f"--dropout {c.dropout}: expected 0 up to, not including, 1"),
-        (0 <= c.skip_closed < 1, f"--skip-closed {c.skip_closed}: expected 0 up to, not including, 1"),
-        (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr}: expected a positive number"),
+        (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
         (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
-        (not Path(c.out).is_file(), f"--out {c.out}: a file is there; expected a directory"),
+        (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
+        (not c.max_steps or c.warmup < c.max_steps, f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
+        (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
-              for name in ("r", "batch", "epochs", "eval_every", "log_every")]
+              for name in ("batch", "epochs", "eval_every", "log_every")]
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
-              for name in ("alpha", "entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps",
-                           "warmup", "clip", "validation", "test")]
-    return [message for fine, message in rules if not fine]
+              for name in ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup",
+                           "clip", "validation", "test")]
+    rules += [(math.isfinite(getattr(c, name)), f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number")
+              for name in floats]
+    wrong = [message for fine, message in rules if not fine] + device_problems(c.device) + out_problems(Path(c.out))
+    if c.peft in (*METHODS, "gatera"):
+        try:
+            adapter_config(c)
+        except UserError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def out_problems(out: Path) -> list[str]:
+    """A run may replace an earlier run, which is moved aside, but nothing else that is already there."""
+    if out.is_file() or any(parent.is_file() for parent in out.parents):
+        return [f"--out {out}: a file is there; expected a directory"]
+    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
+        return [f"--out {out}: the directory holds other things than a run; expected a new or empty one"]
+    return []
 
 
 def task_names(c: Config) -> list[str]:
-    return list(TASKS) if c.tasks == "all" else c.tasks.split(",")
+    return list(TASKS) if c.tasks == "all" else [task.strip() for task in c.tasks.split(",")]
 
 
 def adapter_config(c: Config) -> AdapterConfig:
     targets = tuple(name for word in c.targets.split(",") for name in TARGETS.get(word, (word,)))
     return AdapterConfig(method="hira" if c.peft == "gatera" else c.peft, gate=c.gate, r=c.r, alpha=c.alpha or None,
                          dropout=c.dropout, targets=targets, gate_bias=c.gate_bias, skip_closed=c.skip_closed)
-
-
-def pick_device(c: Config) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and the dtype of the frozen base and of autocast. Adapters and their optimiser stay in float32."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device)
-    if c.dtype != "auto":
-        return device, getattr(torch, c.dtype)
-    if device.type == "cpu":
-        return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -191,8 +199,13 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
     if len(records) <= c.validation:
         raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
     # Held-out rows are drawn with a seed of their own: runs with different seeds are validated on the same rows.
-    held_out = set(random.Random(0).sample(range(len(records)), c.validation))
-    return ([r for i, r in enumerate(records) if i not in held_out], [records[i] for i in sorted(held_out)], test)
+    held_out = [records[i] for i in sorted(random.Random(0).sample(range(len(records)), c.validation))]
+    # Training sets repeat records (a third of WinoGrande's): a held-out record must have no twin left in training.
+    seen = {json.dumps(r) for r in held_out}
+    training = [r for r in records if json.dumps(r) not in seen]
+    if not training:
+        raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
+    return training, held_out, test
 
 
 def batches(n: int, c: Config):
@@ -271,12 +284,14 @@ def clock(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
-    device, dtype = pick_device(c)
+    device, dtype = pick_device(c.device, c.dtype)
     out = Path(c.out)
     started = time.time()
 
     # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
     tokenizer = load_tokenizer(c.init)
+    if tokenizer.eos is None:
+        raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
     train_records, validation_records, test_records = load_data(c)
     encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
     validation = [encode(record) for record in validation_records]
@@ -324,7 +339,9 @@ def main(argv: list[str] | None = None) -> dict:
             file.write(json.dumps(line) + "\n")
 
     # ------------------------------------------------------------------------------------------- the loop
-    best, cut, tokens_since, clock_since, order = math.inf, 0, 0, time.time(), batches(len(train_records), c)
+    order = batches(len(train_records), c)
+    best, cut = math.inf, 0                              # lowest validation loss; prompts that were too long
+    tokens_since, clock_since = 0, time.time()           # of the present progress line
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
@@ -334,16 +351,17 @@ def main(argv: list[str] | None = None) -> dict:
         micro = [pack(questions[i:i + size]) for i in range(0, len(questions), size)]
         n_answer, n_token = sum(len(m.targets) for m in micro), sum(m.ids.numel() for m in micro)
 
-        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches
+        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task is
+        # over the answers' tokens, L_ent over all tokens, prompt and answer; a packed row has no padding to leave out.
         loss = entropy = 0.0
         for batch in micro:
             batch = batch.to(device)
             with autocast():
                 logits = model(batch.ids, documents=batch.documents, select=batch.select)             # (M, V)
                 task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / n_answer
-                spread = gate_entropy(base) * (batch.ids.numel() / n_token)
-            scaler.scale(task + c.entropy_weight * spread).backward()
-            loss, entropy = loss + task.detach(), entropy + spread.detach()
+                uncertainty = gate_entropy(base) * (batch.ids.numel() / n_token)  # this micro-batch's share
+            scaler.scale(task + c.entropy_weight * uncertainty).backward()
+            loss, entropy = loss + task.detach(), entropy + uncertainty.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
         scaler.step(optimizer)
@@ -351,9 +369,10 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.zero_grad(set_to_none=True)
         tokens_since += n_token
 
-        last = step == steps - 1
-        if step % c.log_every == 0 or last:
-            line = {"step": step, "loss": float(loss), "entropy": float(entropy), **mean_gates(base, batch.is_answer),
+        is_last = step == steps - 1
+        if step % c.log_every == 0 or is_last:
+            line = {"step": step, "loss": float(loss), "entropy": float(entropy),
+                    **mean_gates(base, batch.is_answer),  # of the last micro-batch
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
             if not math.isfinite(line["loss"]):
                 raise UserError(f"step {step}: the loss is {line['loss']}; lower --lr, or use --dtype float32")
@@ -363,9 +382,11 @@ def main(argv: list[str] | None = None) -> dict:
             tokens_since, clock_since = 0, now
             record(line)
             print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
-        if validation and ((step + 1) % c.eval_every == 0 or last):
+        if validation and ((step + 1) % c.eval_every == 0 or is_last):
             paused = time.time()
             value = validation_loss(model, validation, autocast, device, size)
+            if not math.isfinite(value):
+                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32")
             record({"step": step, "validation_loss": value})
             print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
@@ -380,7 +401,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # -------------------------------------------------------------------------------------------- results
     if cut:
-        print(f"{cut} questions were longer than {c.max_len} tokens and lost the start of their prompt")
+        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
     results = {"steps": steps, "best_validation_loss": best if validation else None,
                "seconds": time.time() - started, "tasks": {}}
     for task, records in test_records.items():
@@ -394,7 +415,7 @@ def main(argv: list[str] | None = None) -> dict:
               f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
     write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     print(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
-          f"python eval.py --run {out} --tasks {c.tasks}")
+          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
 
 

@@ -10,8 +10,8 @@ get_peft_model, batches padded to the longest, labels of -100, the model's own l
 HiRA, as peft has no gates. A real token is a token that is not padding.
 
 The floor is the time that the method's needed products take at the matrix rate measured in the same run. In units of a
-product with W0: 2 for a frozen layer (forward, input gradient), and so for LoRA and DoRA but for r / d; 5 for HiRA with
-its update as a branch; plus the head where there is a target.
+product with W0: 2 for a frozen layer (forward, input gradient); LoRA and DoRA add 3 with A and with B; HiRA with its
+update as a branch is 5, and makes B A anew; the head counts where there is a target; attention is not counted.
 """
 import argparse
 import multiprocessing
@@ -155,17 +155,23 @@ def worker(pipe, side, args, method):
 
 
 def needed_operations(args, method, work) -> tuple[float, float]:
-    """(floating-point operations, real tokens) of one pass: products with weights alone, attention and r left out."""
-    name = args.model if args.model in CONFIGS else None
+    """(floating-point operations, real tokens) of one pass: products with weights and with A and B; no attention."""
+    config = TransformerConfig.from_name(args.model) if args.model in CONFIGS else load_base(args, torch.float32).config
     with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_name(name) if name else load_base(args, torch.float32).config)
+        model = Transformer(config)
         inject_adapters(model, AdapterConfig(*METHODS[method], r=args.r))
-    units = 5 if METHODS[method][0] == "hira" else 2
+    hira = METHODS[method][0] == "hira"
     tokens = sum(len(q.prompt) + len(q.answers[0]) - 1 for batch in work for q in batch)
     targets = sum(len(q.answers[0]) for batch in work for q in batch)
-    per_token = sum((units if isinstance(m, GatedLinear) else 2) * m.weight.numel()
-                    for name, m in model.named_modules() if isinstance(m, (GatedLinear, torch.nn.Linear)) and name != "head")
-    return 2.0 * (tokens * per_token + targets * 2 * model.head.weight.numel()), tokens
+    total = targets * 2 * model.head.weight.numel()
+    for name, layer in model.named_modules():
+        if isinstance(layer, GatedLinear):
+            total += tokens * (5 if hira else 2) * layer.weight.numel()
+            # HiRA makes B A twice a step and its gradient once each for A and B; LoRA has 3 products with A and with B
+            total += 4 * len(work) * args.r * layer.weight.numel() if hira else tokens * 3 * args.r * sum(layer.weight.shape)
+        elif isinstance(layer, torch.nn.Linear) and name != "head":
+            total += tokens * 2 * layer.weight.numel()
+    return 2.0 * total, tokens
 
 
 def matrix_rate(args, work) -> float:
