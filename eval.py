@@ -180,7 +180,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
     wrong += [] if args.max_len == 0 or args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
     wrong += [f"--tasks: {task} is named twice" for task in set(tasks) if tasks.count(task) > 1]
-    wrong += [] if not args.export or args.export[0] in ("hf", "peft") else [f"--export {args.export[0]}; expected hf or peft"]
+    if args.export and args.export[0] not in ("hf", "peft"):
+        wrong.append(f"--export {args.export[0]}; expected hf or peft")
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
     wrong += device_problems(args.device)
     adapter, run = None, {}

@@ -209,7 +209,7 @@ class GatedLinear(nn.Module):
             return F.linear(x, W0, bias) + delta.view(*x.shape[:-1], -1)
 
         low = self.scaling * F.linear(x_in, self.A.to(x.dtype))                 # (..., r)
-        if self.method == "lora":  # Delta(x) = s B A x; the gate scales the r numbers before B rather than the many after
+        if self.method == "lora":  # Delta(x) = s B A x; the gate scales r numbers before B, not many after it
             low = low if g is None else low * g.to(x.dtype)
             return F.linear(x, W0, bias) + F.linear(low, self.B.to(x.dtype))
 
@@ -501,20 +501,23 @@ def export_peft(model: nn.Module, directory) -> None:
         tensors |= {f"base_model.model.{path}.{keys[leaf]}": t.detach().cpu().contiguous() for leaf, t in state.items()}
     # the name of a layer, or two of them where attention and MLP share one: attn.c_proj, mlp.c_proj
     targets = {".".join(path.split(".")[-2 if path.endswith("c_proj") else -1:]) for path in layers}
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "name_or_path", None),
-           "inference_mode": True, "r": rank, "target_modules": sorted(targets),
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+           "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
+           "target_modules": sorted(targets),
            "fan_in_fan_out": model.config.positions == "learned"}                   # GPT-2's Conv1D keeps (in, out)
     if config.method == "hira":
         raw |= {"peft_type": "HIRA", "hira_dropout": config.dropout}
     else:
-        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank), "lora_dropout": config.dropout,
-                "use_rslora": config.rslora, "use_dora": config.method == "dora", "bias": "none"}
-    write_atomically(Path(directory) / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_atomically(Path(directory) / "adapter_config.json", lambda path: path.write_text(json.dumps(raw, indent=2) + "\n"))
+        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank),
+                "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": config.method == "dora",
+                "bias": "none"}
+    directory, text = Path(directory), json.dumps(raw, indent=2) + "\n"
+    write_atomically(directory / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(directory / "adapter_config.json", lambda path: path.write_text(text))
 
 
 def peft_part(layer: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
-    """A, B and m of a layer; for one without adapter, inside a c_attn with one, those that change nothing: A = B = 0."""
+    """A, B and m of a layer; for one without an adapter in a c_attn with one, those that change nothing: A = B = 0."""
     if isinstance(layer, GatedLinear):
         return layer.adapter_parameters()
     W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))    # (out, in)
@@ -564,8 +567,8 @@ def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, to
                                  part["B"].chunk(of)[i][:, i * r // n:(i + 1) * r // n])
     nonzero = lambda *tensors: sum(int(tensor.count_nonzero()) for tensor in tensors)  # noqa: E731
     in_blocks = n > 1 and r % n == 0 and any(part["B"].any() for part in parts.values()) and all(
-        nonzero(part["A"], part["B"]) == sum(nonzero(*block(part, i, len(layers[path]))) for i in range(len(layers[path])))
-        for path, part in parts.items())
+        nonzero(part["A"], part["B"]) == sum(nonzero(*block(part, i, len(names))) for i in range(len(names)))
+        for part, names in ((part, layers[path]) for path, part in parts.items()))
     tensors = {}
     for path, names in layers.items():
         for i, name in enumerate(names):

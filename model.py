@@ -151,7 +151,8 @@ class KVCache:
     def at(self, positions: torch.Tensor) -> "KVCache":
         """Points at the slots (B, T) that the next tokens fill; each sees the slots up to its own."""
         self.positions = positions
-        self.mask = torch.arange(self.max_len, device=positions.device) <= positions[:, None, :, None]  # (B, 1, T, max_len)
+        slots = torch.arange(self.max_len, device=positions.device)
+        self.mask = slots <= positions[:, None, :, None]                                      # (B, 1, T, max_len)
         return self
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
@@ -400,7 +401,7 @@ def find_model(name_or_path: str) -> Path:
         return path
     if name_or_path == "smollm2-135m":
         return smollm2_135m()
-    if path.suffix == ".gguf" or path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
         raise UserError(f"{name_or_path}: no such model file or directory")
     if path.is_file():
         raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
@@ -414,7 +415,8 @@ def read_json(path: Path) -> dict:
             raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
         return raw
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer files") from None
+        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer "
+                        "files") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -472,7 +474,8 @@ def gpt2_config(raw: dict) -> TransformerConfig:
 
 def llama_config(raw: dict) -> TransformerConfig:
     _require(raw, hidden_act=("silu",))
-    rope = raw.get("rope_parameters") or (raw.get("rope_scaling") or {}) | {"rope_theta": raw.get("rope_theta", 10000.0)}
+    rope = raw.get("rope_parameters")  # since transformers 5; two fields before
+    rope = rope or (raw.get("rope_scaling") or {}) | {"rope_theta": raw.get("rope_theta", 10000.0)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope scaling '{kind}' is not supported; expected 'default' or 'llama3'")
@@ -485,15 +488,16 @@ def llama_config(raw: dict) -> TransformerConfig:
         n_kv_head=raw.get("num_key_value_heads") or 0, head_dim=raw.get("head_dim") or 0, d_model=raw["hidden_size"],
         d_ff=raw["intermediate_size"], max_len=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
         attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
-        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0), rope_scaling=scaling)
+        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0),
+        rope_scaling=scaling)
 
 
 GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "attn_norm", "ln_2": "mlp_norm",
               "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
                "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
               "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
               "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -556,13 +560,15 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
     if getattr(model, "adapter_config", None) is not None:
         raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
     if directory.resolve() == source.resolve() or directory.is_file():
-        raise UserError(f"{directory}: cannot write here, it is {'a file' if directory.is_file() else 'the base model itself'}")
+        what = "a file" if directory.is_file() else "the base model itself"
+        raise UserError(f"{directory}: cannot write here, it is {what}")
     directory.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".gguf":
         raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
     else:
         raw = read_json(source / "config.json")
-        for old, new in (*((name, name) for name in TOKENIZER_FILES), ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        for old in TOKENIZER_FILES:
+            new = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(old, old)
             if (source / old).exists():
                 shutil.copyfile(source / old, directory / new)
     parts = {}  # GPT-2's c_attn has three
@@ -571,7 +577,7 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
         if raw["model_type"] == "gpt2" and theirs.endswith(".weight") and (".attn." in theirs or ".mlp." in theirs):
             tensor = tensor.t()  # Conv1D keeps (in, out)
         parts.setdefault(theirs, []).append(tensor.detach().cpu())
-    tensors = {name: (several[0] if len(several) == 1 else torch.cat(several, -1)).contiguous() for name, several in parts.items()}
+    tensors = {name: torch.cat(several, -1).contiguous() for name, several in parts.items()}
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
@@ -587,8 +593,9 @@ def llama_fields(config: TransformerConfig, source: Path) -> dict:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
             "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "hidden_size": config.d_model,
-            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len, "rms_norm_eps": config.norm_eps,
-            "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
+            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len,
+            "rms_norm_eps": config.norm_eps, "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
 
 
 @functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
@@ -649,7 +656,7 @@ def read_gguf(path: Path):
 # How text is cut into words before byte-pair merges: a property of each tokenizer, by llama.cpp's name for it.
 SPLIT = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",  # digits one by one
+    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -716,7 +723,8 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
             vocabulary = read_json(path / vocab)
             end = "<|endoftext|>"
             special = {end: vocabulary[end]} if end in vocabulary else {}
-            lines = [line for line in (path / merges).read_text(encoding="utf-8").split("\n") if line and line[:8] != "#version"]
+            lines = (path / merges).read_text(encoding="utf-8").split("\n")
+            lines = [line for line in lines if line and not line.startswith("#version")]
             ranks = byte_ranks(vocabulary, set(special), lines, path / merges)
             return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end))
     kind = "; it has a SentencePiece model, which is not byte-level BPE" if (path / "tokenizer.model").exists() else ""
@@ -732,7 +740,8 @@ def json_tokenizer(directory: Path) -> Tokenizer:
     if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
         raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
                         "SentencePiece tokenizers, such as Llama 2's, are not supported")
-    if steps[-1].get("add_prefix_space") or steps[0].get("behavior", "Isolated") != "Isolated" or steps[0].get("invert"):
+    first = steps[0]
+    if steps[-1].get("add_prefix_space") or first.get("behavior", "Isolated") != "Isolated" or first.get("invert"):
         raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
     if kinds == ["ByteLevel"]:
         split = SPLIT["gpt-2"]
@@ -767,7 +776,8 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     NORMAL = 1
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
-    ranks = byte_ranks({token: i for i, token in enumerate(tokens)}, set(special), get("tokenizer.ggml.merges") or [], file)
+    vocabulary, merges = {token: i for i, token in enumerate(tokens)}, get("tokenizer.ggml.merges") or []
+    ranks = byte_ranks(vocabulary, set(special), merges, file)
     add_bos = get("tokenizer.ggml.add_bos_token")
     if add_bos is None:  # llama.cpp's default
         add_bos = split == "llama-bpe"
@@ -790,7 +800,8 @@ def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     if tokenizer.bos is not None:
         name = tokens[tokenizer.bos]
         single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        first = {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
+        first = {"type": "TemplateProcessing", "single": single,
+                 "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
                  "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]}}}
     (directory / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
@@ -804,7 +815,7 @@ def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in (
         ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
-        "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template")}, indent=2) + "\n", encoding="utf-8")
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
+                 "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template")}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {f"{name}_token_id": i for name, i in ids.items() if name != "unk" and i is not None}

@@ -149,7 +149,8 @@ def check(c: Config) -> list[str]:
         (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
         (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
         (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
-        (not c.max_steps or c.warmup < c.max_steps, f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
+        (not c.max_steps or c.warmup < c.max_steps,
+         f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
@@ -157,8 +158,8 @@ def check(c: Config) -> list[str]:
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
               for name in ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup",
                            "clip", "validation", "test")]
-    rules += [(math.isfinite(getattr(c, name)), f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number")
-              for name in floats]
+    rules += [(math.isfinite(getattr(c, name)),
+               f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number") for name in floats]
     wrong = [message for fine, message in rules if not fine] + device_problems(c.device) + out_problems(Path(c.out))
     if c.peft in (*METHODS, "gatera"):
         try:
@@ -351,8 +352,8 @@ def main(argv: list[str] | None = None) -> dict:
         micro = [pack(questions[i:i + size]) for i in range(0, len(questions), size)]
         n_answer, n_token = sum(len(m.targets) for m in micro), sum(m.ids.numel() for m in micro)
 
-        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task is
-        # over the answers' tokens, L_ent over all tokens, prompt and answer; a packed row has no padding to leave out.
+        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task
+        # is over the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
         loss = entropy = 0.0
         for batch in micro:
             batch = batch.to(device)

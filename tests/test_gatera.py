@@ -386,3 +386,76 @@ def test_skipping_works_when_every_gate_is_closed():
     logits = model(IDS)
     logits.square().mean().backward()
     assert torch.equal(logits, tiny()(IDS))
+
+
+def test_adapters_work_in_packed_rows_and_with_a_cache():
+    """Gradients of two packed documents equal those of each on its own; cached decoding equals the full forward."""
+    model = adapted("hira", "token")
+    questions = [Question([1, 2, 3], [[4, 5]]), Question([6, 7], [[8, 9, 10]])]
+    batch, parameters = pack(questions), list(adapter_state(model).values())
+    packed = model(batch.ids, documents=batch.documents, select=batch.select)
+    g_packed = torch.autograd.grad(packed.square().sum() + 6 * gate_entropy(model), parameters)
+    alone, entropy = [], 0
+    for prompt, answers, _ in questions:
+        logits = model(torch.tensor([prompt + answers[0][:-1]]))
+        alone.append(logits[0, len(prompt) - 1:])
+        entropy = entropy + gate_entropy(model) * logits.shape[1] / batch.ids.numel()
+    alone = torch.cat(alone)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-11)
+    for a, b in zip(g_packed, torch.autograd.grad(alone.square().sum() + 6 * entropy, parameters)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    row = [1, 2, 3]
+    for token in model.generate([[1, 2, 3], [4]], 6)[0]:
+        assert token == model(torch.tensor([row]))[0, -1].argmax()
+        row.append(token)
+
+
+def test_checkpointing_with_gates_keeps_no_activations():
+    """After a backward, all activations are free: a gate logit kept from the second forward would hold each block's."""
+    import weakref
+    model, storages = adapted("hira", "token"), []
+    model.gradient_checkpointing = True
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, GatedLinear)):
+            module.register_forward_hook(lambda m, i, o: storages.append(weakref.ref(o.untyped_storage())))
+    (model(IDS).square().sum() + gate_entropy(model)).backward()
+    assert len(storages) > 2 * len(gated_layers(model)) and not any(ref() is not None for ref in storages)
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    save_adapter(adapted("hira", "token", dtype=torch.float32), tmp_path)
+    file = tmp_path / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="do not match their checksum"):
+        load_adapter(tiny(dtype=torch.float32), tmp_path)
+
+
+def test_a_refused_adapter_leaves_the_base_as_it_was(tmp_path):
+    save_adapter(adapted("lora", "none", dtype=torch.float32), tmp_path)
+    BROKEN["missing blocks.0.attn.k_proj.B"](tmp_path)
+    base = tiny(dtype=torch.float32)
+    with pytest.raises(UserError, match="missing"):
+        load_adapter(base, tmp_path)
+    assert gated_layers(base) == {} and torch.equal(base(IDS), tiny(dtype=torch.float32)(IDS))
+
+
+def test_entropy_is_exact_in_float32_at_both_ends():
+    for logit in (-30.0, -15.0, -3.0, 0.0, 3.0, 15.0, 30.0):
+        values = []
+        for dtype in (torch.float32, torch.float64):
+            model = adapted("hira", "static", dtype=dtype)
+            set_gates(model, -abs(logit) if dtype == torch.float64 else logit)
+            model(IDS)
+            values.append(gate_entropy(model).item())
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_float16_keeps_small_updates():
+    torch.manual_seed(0)
+    x, A, W0 = torch.randn(16, 256), torch.randn(8, 256) / 16, 0.02 * torch.randn(128, 256)
+    B = 1e-4 * torch.randn(128, 8)
+    exact = x @ (W0 * (B @ A)).T
+    half = GatedHadamard.apply(x.half(), W0.half(), A, B, None).float()
+    assert (half - exact).norm() < 0.02 * exact.norm()
