@@ -2,6 +2,7 @@
 
     python eval.py --run out/quickstart --tasks ARC-Easy
     python eval.py --init smollm2-135m --tasks all --protocol cloze --limit 100
+    python eval.py --run out/lora --export hf DIRECTORY         # instead: the merged model, for other programs
 
 Every choice of a question is ranked by the log-likelihood the model gives to its text. Protocols:
 
@@ -150,7 +151,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     wrong = [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
     wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
     wrong += [] if args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
-    wrong += [] if not args.export or args.export[0] in ("hf", "peft") else [f"--export {args.export[0]}; expected hf or peft"]
+    if args.export and args.export[0] not in ("hf", "peft"):
+        wrong.append(f"--export {args.export[0]}; expected hf or peft")
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         wrong.append("--device cuda: this machine has no CUDA GPU; use --device cpu")
