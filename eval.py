@@ -2,6 +2,7 @@
 
     python eval.py --run out/quickstart --tasks ARC-Easy
     python eval.py --init smollm2-135m --tasks all --protocol cloze --limit 100
+    python eval.py --run out/lora --export hf DIRECTORY         # instead: the merged model, for other programs
 
 Every choice of a question is ranked by the log-likelihood the model gives to its text. Protocols:
 

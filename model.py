@@ -16,12 +16,12 @@ Order of this file: config, the transformer, generation, pretrained weights, tok
 Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary;
 N tokens of a packed row, D documents in it.
 """
-import functools
 import json
 import math
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,10 +59,15 @@ class TransformerConfig:
     rope_scaling: dict | None = None # Llama 3.1's frequencies, see `inverse_frequencies`
 
     def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "d_model", "d_ff", "max_len"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive whole number")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
         if self.n_head % self.n_kv_head:
-            raise UserError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
+            raise ValueError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, and rotary positions turn pairs of channels")
 
     @classmethod
     def from_name(cls, name: str) -> "TransformerConfig":
@@ -431,7 +436,7 @@ def read_directory(directory: Path):
         config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
     except KeyError as error:
         raise UserError(f"{directory / 'config.json'}: field {error} is missing") from None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / 'config.json'}: {error}") from None
     if (directory / "model.safetensors.index.json").exists():
         names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
@@ -560,8 +565,7 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
     if getattr(model, "adapter_config", None) is not None:
         raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
     if directory.resolve() == source.resolve() or directory.is_file():
-        what = "a file" if directory.is_file() else "the base model itself"
-        raise UserError(f"{directory}: cannot write here, it is {what}")
+        raise UserError(f"{directory}: cannot write a model here, it is {'a file' if directory.is_file() else 'the base'}")
     directory.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".gguf":
         raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
@@ -577,7 +581,8 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
         if raw["model_type"] == "gpt2" and theirs.endswith(".weight") and (".attn." in theirs or ".mlp." in theirs):
             tensor = tensor.t()  # Conv1D keeps (in, out)
         parts.setdefault(theirs, []).append(tensor.detach().cpu())
-    tensors = {name: torch.cat(several, -1).contiguous() for name, several in parts.items()}
+    tensors = {name: (torch.cat(several, -1) if len(several) > 1 else several[0]).contiguous()
+               for name, several in parts.items()}
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
@@ -598,8 +603,12 @@ def llama_fields(config: TransformerConfig, source: Path) -> dict:
             "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
 
 
-@functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def open_gguf(path: Path):
+    return _open_gguf(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
+def _open_gguf(path: Path, changed: int):
     from gguf import GGUFReader  # only those who use a .gguf pay for the import
     try:
         return GGUFReader(path)
@@ -607,11 +616,21 @@ def open_gguf(path: Path):
         raise UserError(f"{path}: not a readable GGUF file ({error}); fetch it again") from None
 
 
+def gguf_field(reader, path: Path, key: str, *default):
+    """A value of a .gguf file's metadata. UserError where there is none and no default, or where it is broken."""
+    try:
+        return reader.fields[key].contents() if key in reader.fields or not default else default[0]
+    except KeyError:
+        raise UserError(f"{path}: the metadata has no {key}") from None
+    except (UnicodeDecodeError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: not a readable GGUF file ({key}: {error}); fetch it again") from None
+
+
 def read_gguf(path: Path):
     """Config and weights, as (name, tensor) pairs, of a .gguf file; quantised weights are dequantised."""
     from gguf.quants import dequantize
     reader = open_gguf(path)
-    field = lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default  # noqa: E731
+    field = partial(gguf_field, reader, path)
     family = field("general.architecture")
     if family != "llama":
         raise UserError(f"{path}: architecture '{family}' is not supported in .gguf files; llama is")
@@ -631,8 +650,10 @@ def read_gguf(path: Path):
             tied_head="output.weight" not in tensors, rope_theta=field("llama.rope.freq_base", 10000.0),
             attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
             rope_scaling=scaling)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: the metadata of a Llama model is incomplete ({error})") from None
+    except KeyError as error:
+        raise UserError(f"{path}: the tensor {error} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a Llama model's metadata: {error}") from None
 
     def weights():
         for key, packed in tensors.items():
@@ -642,7 +663,7 @@ def read_gguf(path: Path):
                 _, layer, key = key.split(".", 2)
                 prefix = f"blocks.{layer}."
             name, _, kind = key.rpartition(".")
-            if name in ("attn_q", "attn_k"):
+            if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
                 # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
                 # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
                 shape = tensor.shape
@@ -767,28 +788,24 @@ def json_tokenizer(directory: Path) -> Tokenizer:
 
 
 def gguf_tokenizer(file: Path) -> Tokenizer:
-    fields = open_gguf(file).fields
-    get = lambda key: fields[key].contents() if key in fields else None  # noqa: E731
-    kind, split = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
+    get = partial(gguf_field, open_gguf(file), file)
+    kind, split = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", None)
     if kind != "gpt2" or split not in SPLIT:
         raise UserError(f"{file}: tokenizer '{kind}' with splits '{split}' is not supported; expected 'gpt2' with "
                         f"one of {', '.join(SPLIT)}")
     NORMAL = 1
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
-    vocabulary, merges = {token: i for i, token in enumerate(tokens)}, get("tokenizer.ggml.merges") or []
-    ranks = byte_ranks(vocabulary, set(special), merges, file)
-    add_bos = get("tokenizer.ggml.add_bos_token")
-    if add_bos is None:  # llama.cpp's default
-        add_bos = split == "llama-bpe"
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ranks = byte_ranks(vocabulary, set(special), get("tokenizer.ggml.merges"), file)
+    add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
     bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
-    return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id"), bos)
+    return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id", None), bos)
 
 
 def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     """A .gguf file's tokenizer as tokenizer.json and tokenizer_config.json. Returns the ids that config.json names."""
-    fields = open_gguf(file).fields
-    get = lambda key, default=None: fields[key].contents() if key in fields else default  # noqa: E731
+    get = partial(gguf_field, open_gguf(file), file)
     tokenizer, tokens = gguf_tokenizer(file), get("tokenizer.ggml.tokens")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.split}, "behavior": "Isolated", "invert": False}
@@ -812,10 +829,10 @@ def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
                   "ignore_merges": get("tokenizer.ggml.pre") == "llama-bpe",
                   "vocab": {token: i for i, token in enumerate(tokens)}, "merges": get("tokenizer.ggml.merges")}},
         ensure_ascii=False), encoding="utf-8")
-    ids = {name: get(f"tokenizer.ggml.{key}_token_id") for name, key in (
+    ids = {name: get(f"tokenizer.ggml.{key}_token_id", None) for name, key in (
         ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
-                 "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template")}
+                 "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template", None)}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {f"{name}_token_id": i for name, i in ids.items() if name != "unk" and i is not None}

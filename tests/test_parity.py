@@ -39,7 +39,8 @@ def theirs(monkeypatch):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    return lambda directory, dtype=torch.float64: transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return lambda directory, dtype=torch.float64: load(directory, dtype=dtype).eval()
 
 
 def close(a, b, tolerance=1e-9):
@@ -57,7 +58,8 @@ MATRIX = {
     "llama-head-dim": lambda d: write_llama(d, head_dim=12),
     "llama-biases": lambda d: write_llama(d, bias=True),
     "llama-3-rope": lambda d: write_llama(d, extra={"rope_theta": 500.0, "rope_scaling": ROPE}),
-    "llama-3-rope-odd-factor": lambda d: write_llama(d, extra={"rope_theta": 500.0, "rope_scaling": ROPE | {"factor": 7.3}}),
+    "llama-3-rope-odd-factor": lambda d: write_llama(d, head_dim=16, extra={"rope_theta": 50.0, "rope_scaling": ROPE | {
+        "factor": 7.3, "original_max_position_embeddings": 64}}),  # three of the eight frequencies are blended
     "gpt2-fp16": lambda d: write_gpt2(d, dtype=torch.float16),
     "gpt2-bf16-sharded": lambda d: write_gpt2(d, dtype=torch.bfloat16, shards=2),
     "llama-fp16-sharded": lambda d: write_llama(d, dtype=torch.float16, shards=3),
@@ -152,7 +154,7 @@ def test_adapters_equal_peft_for_20_steps(kind, family, request, theirs, tmp_pat
         if "c_attn" in name and "_B" in name:
             blocks = torch.block_diag(*[torch.ones(p.shape[0] // 3, p.shape[1] // 3, dtype=p.dtype)] * 3)
             p.register_hook(lambda gradient, blocks=blocks: gradient * blocks)
-    optimizers = [torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1) for params in (adapter_state(ours).values(), parameters.values())]
+    optimizers = [torch.optim.AdamW(p.values(), lr=1e-2, weight_decay=0.1) for p in (adapter_state(ours), parameters)]
     generator = torch.Generator().manual_seed(2)
     for step in range(20):
         ids = torch.randint(0, VOCAB, (2, 16), generator=generator)
@@ -236,7 +238,9 @@ TRAINED = {
 def test_adapters_trained_and_saved_by_peft_load(kind, family, targets, request, theirs, tmp_path):
     """GPT-2's c_attn as peft trains it: one A for q, k and v."""
     peft, directory = need("peft"), request.getfixturevalue(family)
-    reference = peft.get_peft_model(theirs(directory), TRAINED[kind](peft, targets))
+    settings = TRAINED[kind](peft, targets)
+    settings.fan_in_fan_out = family == "gpt2"
+    reference = peft.get_peft_model(theirs(directory), settings)
     optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=3e-2)
     for _ in range(3):
         reference(IDS, labels=IDS).loss.backward()
@@ -280,7 +284,8 @@ def change_tensors(directory, change):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 REFUSED = {
-    r"adapter_config.json: not supported: bias 'all'; modules_to_save \['lm_head'\]": lambda d: change_config(d, modules_to_save=["lm_head"], bias="all"),
+    r"adapter_config.json: not supported: bias 'all'; modules_to_save \['lm_head'\]":
+        lambda d: change_config(d, modules_to_save=["lm_head"], bias="all"),
     r"layers_to_transform \[0\]": lambda d: change_config(d, layers_to_transform=[0]),
     "use_qalora True": lambda d: change_config(d, use_qalora=True),
     "lora_bias True": lambda d: change_config(d, lora_bias=True),
@@ -288,13 +293,16 @@ REFUSED = {
     "invented_in_2030 1": lambda d: change_config(d, invented_in_2030=1),
     r"init_lora_weights 'pissa', which changes the base": lambda d: change_config(d, init_lora_weights="pissa"),
     "peft_type IA3, only LORA and HIRA": lambda d: change_config(d, peft_type="IA3"),
-    r"target_modules \['c_attn'\] are no layers of this base model; it has down_proj": lambda d: change_config(d, target_modules=["c_attn"]),
+    r"target_modules \['c_attn'\] are no layers of this base model; it has down_proj":
+        lambda d: change_config(d, target_modules=["c_attn"]),
     r"q_proj has A \(4, 32\) and B \(32, 4\), expected \(r, in\) and \(out, r\) with r = 8": lambda d: change_config(d, r=8),
     "not supported: alpha_pattern {'v_proj': 16}": lambda d: change_config(d, alpha_pattern={"v_proj": 16}),
     "not supported: r 'four'": lambda d: change_config(d, r="four"),
     "alpha -1.0; expected a positive number": lambda d: change_config(d, lora_alpha=-1.0),
-    "adapter_model.safetensors: missing base_model.model.model.layers.0.self_attn.q_proj.lora_A": lambda d: change_tensors(d, lambda t: t.pop(Q)),
-    "missing base_model.model.model.layers.0.self_attn.k_proj.lora_A": lambda d: change_config(d, target_modules=["q_proj", "k_proj", "v_proj"]),
+    "adapter_model.safetensors: missing base_model.model.model.layers.0.self_attn.q_proj.lora_A":
+        lambda d: change_tensors(d, lambda t: t.pop(Q)),
+    "missing base_model.model.model.layers.0.self_attn.k_proj.lora_A":
+        lambda d: change_config(d, target_modules=["q_proj", "k_proj", "v_proj"]),
     "unexpected base_model.model.model.embed_tokens.lora_embedding_A":
         lambda d: change_tensors(d, lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(1)})),
     r"safetensors: does not fit this base model: blocks.0.attn.q_proj.A is \(4, 40\), expected \(4, 32\)":
@@ -409,7 +417,7 @@ def test_a_gguf_base_is_written_with_its_tokenizer(llama, theirs, tmp_path):
 def test_the_base_is_never_overwritten(llama, tmp_path):
     model, before = Transformer.from_pretrained(llama), (llama / "config.json").read_bytes()
     for place in (llama, llama / ".." / "llama", llama / "config.json"):
-        with pytest.raises(UserError, match="cannot write here"):
+        with pytest.raises(UserError, match="cannot write a model here"):
             save_pretrained(model, place, str(llama))
     assert (llama / "config.json").read_bytes() == before
 
@@ -463,7 +471,8 @@ def assert_same_ids(ours, theirs, texts):
 
 def bpe(vocabulary, merges, *steps):
     tokenizers = need("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(steps))
     return tokenizer
 
@@ -523,9 +532,11 @@ def test_smollm2_is_written_in_hugging_face_layout(smollm, theirs, tmp_path):
     transformers = need("transformers")
     model = Transformer.from_pretrained(smollm)
     save_pretrained(model, tmp_path / "merged", smollm)
-    reference, tokenizer = theirs(tmp_path / "merged", "auto"), transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    ids = load_tokenizer(smollm).encode("Question: Which gas do plants take in from the air?\nAnswer:")
-    assert tokenizer.encode("Question: Which gas do plants take in from the air?\nAnswer:") == ids
+    reference = theirs(tmp_path / "merged", "auto")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    text = "Question: Which gas do plants take in from the air?\nAnswer:"
+    ids = load_tokenizer(smollm).encode(text)
+    assert tokenizer.encode(text) == ids
     with torch.no_grad():
         close(model(torch.tensor([ids])), reference(torch.tensor([ids])).logits, 2e-4)
     assert_same_ids(load_tokenizer(tmp_path / "merged"), tokenizer.backend_tokenizer, fuzzed_texts(500))
@@ -540,13 +551,16 @@ def change_json(file, change):
 
 
 CONFIGS = {
-    "architecture 'mistral' is not supported; gpt2 and llama are": lambda raw: raw.update(model_type="mistral", sliding_window=4096),
+    "architecture 'mistral' is not supported; gpt2 and llama are":
+        lambda raw: raw.update(model_type="mistral", sliding_window=4096),
     "architecture 'qwen2' is not supported; gpt2 and llama are": lambda raw: raw.update(model_type="qwen2"),
     "architecture 'None' is not supported; gpt2 and llama are": lambda raw: raw.pop("model_type"),
+    "config.json: n_head is 0, expected a positive whole number": lambda raw: raw.update(num_attention_heads=0),
+    "config.json: n_layer is 'two', expected a positive": lambda raw: raw.update(num_hidden_layers="two"),
     "config.json: field 'hidden_size' is missing": lambda raw: raw.pop("hidden_size"),
     "rope scaling 'dynamic' is not supported": lambda raw: raw.update(rope_scaling={"type": "dynamic", "factor": 2.0}),
     "the weights do not fit the config: unexpected blocks.1": lambda raw: raw.update(num_hidden_layers=1),
-    "q_proj.bias is|unexpected blocks.0.attn.q_proj.bias|missing blocks.0.attn.k_proj.bias": lambda raw: raw.update(attention_bias=True),
+    "weights do not fit the config: missing blocks.0.attn.k_proj.bias": lambda raw: raw.update(attention_bias=True),
 }
 
 
@@ -597,10 +611,20 @@ def test_every_truncation_of_a_weights_file_is_refused(llama, tmp_path):
                 Transformer.from_pretrained(model)
 
 
-def test_a_gguf_file_with_another_tokenizer_or_rope_is_refused(llama, tmp_path):
+def test_a_gguf_file_with_another_tokenizer_or_rope_is_refused(llama, tmp_path, monkeypatch):
+    import gguf
     from test_model import write_gguf
     file = write_gguf(tmp_path / "tiny.gguf", llama)
     whole = file.read_bytes()
+    for key in (b"llama.block_count", b"tokenizer.ggml.merges"):
+        file.write_bytes(whole.replace(key, key[:-1] + b"x"))
+        with pytest.raises(UserError, match=f"tiny.gguf: the metadata has no {key.decode()}"):
+            (load_tokenizer if b"token" in key else Transformer.from_pretrained)(file)
     file.write_bytes(whole.replace(b"gpt-2", b"qwen2"))
     with pytest.raises(UserError, match="tiny.gguf: tokenizer 'gpt2' with splits 'qwen2' is not supported"):
         gguf_tokenizer(file)
+    finish = gguf.GGUFWriter.write_header_to_file
+    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", lambda self: (
+        self.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), finish(self)))
+    with pytest.raises(UserError, match="scaled.gguf: rope scaling 'linear' is not supported"):
+        Transformer.from_pretrained(write_gguf(tmp_path / "scaled.gguf", llama))
