@@ -11,11 +11,12 @@ Every choice of a question is ranked by the log-likelihood the model gives to it
     label   "the correct answer is <label>" after the papers' instruction: what beam search over the labels finds,
             without the risk that an answer fails to parse.
 
-Writes results.json and predictions.jsonl (a line for each question) to --out, default the run's directory.
+Writes results.json and predictions.jsonl (a line for each question), by default to <run>/eval/<adapter>-<protocol>/.
 """
 import argparse
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records
 from gatera import export_peft, load_adapter, merge_adapters, write_atomically
-from model import Tokenizer, Transformer, load_tokenizer, save_pretrained
+from model import Tokenizer, Transformer, load_tokenizer, read_json, save_pretrained
 
 
 # ----------------------------------------------------------------------------------------------- scoring
 
 @torch.no_grad()
-def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024, progress=None) -> list[list[float]]:
+def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024,
+                    progress=None) -> list[list[float]]:
     """sum of log p(answer token | prompt, earlier answer tokens), in nats, for each answer of each question.
 
     Questions are packed into rows of about `row_tokens` tokens, of similar length so that little attention is wasted,
@@ -76,7 +78,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
     training = model.training
     model.eval()
     name = records[0]["task"] if records else ""
-    with tqdm(total=len(questions), desc=f"{name} {protocol}", unit="q", leave=False, disable=quiet or None) as progress:
+    with tqdm(total=len(questions), desc=f"{name} {protocol}", unit="q", leave=False,
+              disable=quiet or None) as progress:
         scores = log_likelihoods(model, questions, progress=progress)
     model.train(training)
 
@@ -86,8 +89,8 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
         lengths = [len(answer.strip().encode()) for _, answer in to_text(record, protocol)]
         best = max(range(len(sums)), key=sums.__getitem__)
         best_norm = max(range(len(sums)), key=lambda i: sums[i] / lengths[i])
-        predictions.append({"task": record["task"], "index": index, "scores": sums, "prediction": best, "prediction_norm": best_norm,
-                            "label": record["label"]})
+        predictions.append({"task": record["task"], "index": index, "scores": sums, "prediction": best,
+                            "prediction_norm": best_norm, "label": record["label"]})
     percent = lambda hits: 100 * sum(hits) / max(1, len(predictions))  # noqa: E731
     commonest = Counter(p["label"] for p in predictions).most_common(1)
     return {
@@ -115,8 +118,31 @@ def table(results: dict[str, dict], protocol: str) -> str:
                      f"{result['majority']:>9.2f} {result['cut']:>5}")
     if len(results) > 1:
         mean = {key: sum(r[key] for r in results.values()) / len(results) for key in ("acc", "acc_norm", "majority")}
-        lines.append(f"{'mean':<14} {'':>6} {mean['acc']:>7.2f} {mean['acc_norm']:>9.2f} {'':>7} {mean['majority']:>9.2f}")
+        lines.append(f"{'mean':<14} {'':>6} {mean['acc']:>7.2f} {mean['acc_norm']:>9.2f} {'':>7} "
+                     f"{mean['majority']:>9.2f}")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ machine
+
+def device_problems(name: str) -> list[str]:
+    """What is wrong with --device, one text or none."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        return [f"--device {name}: expected auto, cpu, cuda or cuda:N"]
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        return [f"--device {name}: no such CUDA GPU here, of {torch.cuda.device_count()}; use --device cpu"]
+    return []
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
+    compute in it, float16 on older ones."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype != "auto":
+        return where, getattr(torch, dtype)
+    if where.type == "cpu":
+        return where, torch.float32
+    return where, torch.bfloat16 if torch.cuda.get_device_capability(where)[0] >= 8 else torch.float16
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -127,7 +153,8 @@ def refuse(message: str):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--run", help="a run directory of train.py, or a directory with an adapter")
     parser.add_argument("--adapter", choices=("best", "last"), default="best", help="which of the run's adapters")
@@ -136,12 +163,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=FORMS, help="default: the run's own form, cloze for a base model")
     parser.add_argument("--limit", type=int, default=0, help="the first so many questions of each task; 0: all")
     parser.add_argument("--data", help="a directory of <task>/test.jsonl; default data/commonsense, made if need be")
-    parser.add_argument("--max-len", type=int, default=512, help="longer questions lose the start of their prompt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
-    parser.add_argument("--export", nargs=2, metavar=("hf|peft", "DIR"), help="instead of scoring, write the merged model in "
-                        "Hugging Face layout (hf) or the adapter in peft's (peft); ungated adapters only")
-    parser.add_argument("--out", help="where to write; default the run's directory, out/eval for a base model")
+    parser.add_argument("--max-len", type=int, default=0,
+                        help="longer questions lose the start of their prompt; default the run's, or 512")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--export", nargs=2, metavar=("hf|peft", "DIR"),
+                        help="instead of scoring, write the merged model in Hugging Face layout (hf) or the adapter in "
+                             "peft's (peft); ungated adapters only")
+    parser.add_argument("--out", help="where to write; default the run's eval/, out/eval/ for a base model")
     return parser.parse_args(argv)
 
 
@@ -150,22 +179,25 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     tasks = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
     wrong = [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
     wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
-    wrong += [] if args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
+    wrong += [] if args.max_len == 0 or args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
+    wrong += [f"--tasks: {task} is named twice" for task in set(tasks) if tasks.count(task) > 1]
     if args.export and args.export[0] not in ("hf", "peft"):
         wrong.append(f"--export {args.export[0]}; expected hf or peft")
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        wrong.append("--device cuda: this machine has no CUDA GPU; use --device cpu")
+    wrong += device_problems(args.device)
     adapter, run = None, {}
     if args.run:
         places = [Path(args.run) / args.adapter, Path(args.run)]
         adapter = next((place for place in places if (place / "adapter.safetensors").exists()
                         or (place / "adapter_config.json").exists()), None)  # the latter is peft's
-        if adapter is None:
+        configs = [place / "config.json" for place in (Path(args.run), Path(args.run).parent)]
+        configs = [path for path in configs if path.exists()]
+        run = read_json(configs[0]).get("config", {}) if configs else {}  # of the run, also for one of its adapters
+        if not Path(args.run).is_dir():
+            wrong.append(f"{args.run}: no such directory")
+        elif adapter is None:
             wrong.append(f"{args.run}: no adapter there; looked for {places[0]}/adapter.safetensors")
-        config = Path(args.run) / "config.json"
-        run = json.loads(config.read_text())["config"] if config.exists() else {}
-        if not (args.init or run.get("init")):
+        elif not (args.init or run.get("init")):
             wrong.append(f"{args.run}: no config.json that names the base model; pass --init")
     if wrong:
         raise UserError("; ".join(wrong))
@@ -186,25 +218,35 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     tasks, adapter, run = check(args)
     base, protocol = args.init or run["init"], args.protocol or run.get("form", "cloze")
-    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    device, dtype = pick_device(args.device, args.dtype or ("float32" if args.export else "auto"))
     extra = {} if args.data is None else {"out": Path(args.data)}
     records = {task: load_records(task, "test", **extra)[:args.limit or None] for task in tasks if not args.export}
     tokenizer = load_tokenizer(base)
-    model = Transformer.from_pretrained(base, dtype=dtype, device=args.device)
+    model = Transformer.from_pretrained(base, dtype=dtype, device=device)
+    max_len = args.max_len or min(run.get("max_len", 512), model.config.max_len)
+    if max_len > model.config.max_len:
+        raise UserError(f"--max-len {max_len} is longer than the base's context of {model.config.max_len}")
     if adapter is not None:
         load_adapter(model, adapter)
     if args.export:
         return export(model, base, *args.export)
     print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol} form, {sum(map(len, records.values()))} questions")
 
-    results = {task: evaluate(model, tokenizer, records[task], protocol, args.max_len) for task in tasks}
+    results = {task: evaluate(model, tokenizer, records[task], protocol, max_len) for task in tasks}
     print(table(results, protocol))
-    out = Path(args.out or args.run or "out/eval")
     predictions = [prediction for result in results.values() for prediction in result.pop("predictions")]
+    # A directory for each adapter, protocol and limit, so that no result overwrites another; tasks join up in it.
+    kind = f"{args.adapter if args.run else Path(base).stem}-{protocol}{f'-{args.limit}' if args.limit else ''}"
+    out = Path(args.out) if args.out else Path(args.run or "out") / "eval" / kind
+    if (out / "results.json").exists():
+        earlier = (out / "predictions.jsonl").read_text().splitlines()
+        predictions = [p for p in map(json.loads, earlier) if p["task"] not in results] + predictions
+        results = read_json(out / "results.json")["tasks"] | results
     summary = {"base": base, "adapter": str(adapter) if adapter else None, "protocol": protocol, "limit": args.limit,
                "dtype": str(dtype), "torch": torch.__version__, "tasks": results,
                "mean": sum(headline(result, protocol) for result in results.values()) / len(results)}
-    write_atomically(out / "predictions.jsonl", lambda path: path.write_text("".join(json.dumps(p) + "\n" for p in predictions)))
+    lines = "".join(json.dumps(prediction) + "\n" for prediction in predictions)
+    write_atomically(out / "predictions.jsonl", lambda path: path.write_text(lines))
     write_atomically(out / "results.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     print(f"wrote {out}/results.json and predictions.jsonl")
     return summary

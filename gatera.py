@@ -18,10 +18,13 @@ One formula covers every method here. For a frozen linear layer y = W0 x + b and
 GateRA as the paper evaluates it is HiRA with the token gate. A (r, in) starts random and B (out, r) at zero, so
 Delta starts at exactly 0 and the model at exactly its base; g = 0 gives the base back, g = 1 the published method.
 """
+import hashlib
 import json
 import math
 import os
 import re
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,7 +36,7 @@ from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
 from data.download import UserError
-from model import hugging_face_name
+from model import Recomputing, hugging_face_name
 
 METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
 
@@ -48,15 +51,22 @@ class AdapterConfig:
     dropout: float = 0.0           # on the input of Delta
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's choice
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
+    skip_closed: float = 0.0       # HiRA: tokens with a gate up to this skip Delta, forward and backward; 0: none do
 
     def __post_init__(self):
+        if isinstance(self.targets, str):
+            raise UserError(f"adapter: targets {self.targets!r}; expected a list of layer names")
         self.targets = tuple(self.targets)
         wrong = [f"{name} {value!r}; expected {expected}" for name, value, fine, expected in (
             ("method", self.method, self.method in METHODS, "one of " + ", ".join(METHODS)),
             ("gate", self.gate, self.gate in GATES, "one of " + ", ".join(GATES)),
             ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
             ("alpha", self.alpha, self.alpha is None or self.alpha > 0, "a positive number"),
+            ("gate_bias", self.gate_bias, math.isfinite(self.gate_bias), "a finite number"),
             ("dropout", self.dropout, 0 <= self.dropout < 1, "a number from 0 up to, not including, 1"),
+            ("skip_closed", self.skip_closed, 0 <= self.skip_closed < 1, "a number from 0 up to, not including, 1"),
+            ("skip_closed", self.skip_closed, self.skip_closed == 0 or (self.method, self.gate) == ("hira", "token"),
+             "0, but for hira with a token gate: elsewhere there is nothing to save"),
             ("targets", self.targets, len(self.targets) > 0, "at least one layer name"),
         ) if not fine]
         if wrong:
@@ -89,24 +99,30 @@ class GatedHadamard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W0, A, B, g):
-        ctx.save_for_backward(x, W0, A, B, g)
-        dense = W0 * (B.to(x.dtype) @ A.to(x.dtype))                    # (out, in)
+        ctx.save_for_backward(x, W0, A, B, g)                           # g may be None, which it keeps as None
+        # float16 has no numbers below 6e-8, where W0 ⊙ B A starts: lifted by a power of two, which costs no precision
+        lift = ctx.lift = 64 if x.dtype == torch.float16 else 1
+        dense = W0 * ((B * lift).to(x.dtype) @ A.to(x.dtype))           # (out, in)
         y = x @ dense.t()                                               # (N, out)
-        return y if g is None else y.mul_(g.to(x.dtype))
+        if g is not None:
+            return y.mul_((g / lift).to(x.dtype))
+        return y if lift == 1 else y.div_(lift)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    @once_differentiable                                                # no second derivatives
+    def backward(ctx, dy):                                              # in place only on what is ours: not on dy
         x, W0, A, B, g = ctx.saved_tensors
-        a, b = A.to(x.dtype), B.to(x.dtype)
+        a, b = A.to(x.dtype), (B * ctx.lift).to(x.dtype)
         u = dy @ (W0 * (b @ a))                                         # (N, in)
+        if ctx.lift != 1:
+            u = u.div_(ctx.lift)
         dg = None
         if g is not None:
             dg = (x * u).sum(-1, keepdim=True, dtype=g.dtype)           # (N, 1)
             u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)
         dBA = (dy.t() @ x).mul_(W0)                                     # (out, in)
         dA, dB = b.t() @ dBA, dBA @ a.t()                               # (r, in), (out, r)
-        return u, None, dA.to(A.dtype), dB.to(B.dtype), dg
+        return u, None, dA.to(A.dtype) / ctx.lift, dB.to(B.dtype), dg
 
 
 # ------------------------------------------------------------------------------------------- the adapted layer
@@ -138,6 +154,9 @@ class GatedLinear(nn.Module):
         if self.gate != "none":
             self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, **options))
         self.gate_logit = None
+        self.enabled = True          # see adapters_off
+        self.dense = None            # see cached_products
+        self.skip_closed = config.skip_closed
         self.train(linear.training)  # or dropout would be at work in a model in eval mode
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -148,47 +167,61 @@ class GatedLinear(nn.Module):
         """n = row norms (out,) of W0 + s B A, without making that matrix:
         n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
         A, B, s = self.A, self.B, self.scaling
-        cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
-        return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
+        with torch.autocast(A.device.type, enabled=False):  # in float32: m/n is 1 but for a few parts in a thousand
+            cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
+            return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         W0 = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if not self.enabled:
+            self.gate_logit = None
+            return F.linear(x, W0, bias)
 
         # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
         g = None
         if self.gate == "token":
-            self.gate_logit = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g   # (..., 1)
+            z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g                 # (..., 1)
         elif self.gate == "static":
-            self.gate_logit = self.b_g.expand(*x.shape[:-1], 1)
+            z = self.b_g.expand(*x.shape[:-1], 1)
         if self.gate != "none":
-            g = torch.sigmoid(self.gate_logit)
+            g = torch.sigmoid(z)
+            if not Recomputing.now:
+                self.gate_logit = z
 
-        x_in = F.dropout(x, self.dropout, self.training)
+        dropping = self.training and self.dropout > 0
+        x_in = F.dropout(x, self.dropout) if dropping else x
         if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
-            flat = x_in.reshape(-1, x.shape[-1])
-            delta = GatedHadamard.apply(flat, W0, self.A, self.B, None if g is None else g.reshape(-1, 1))
+            flat, g = x_in.reshape(-1, x.shape[-1]), None if g is None else g.reshape(-1, 1)
+            if self.dense is not None and not torch.is_grad_enabled():
+                delta = flat @ self.dense.t()
+                delta = delta if g is None else delta * g.to(x.dtype)
+            elif g is not None and self.skip_closed > 0:
+                # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is
+                # lost of the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
+                opened = (g > self.skip_closed).flatten().nonzero().flatten()                # (P,)
+                part = GatedHadamard.apply(flat[opened], W0, self.A, self.B, g[opened])      # (P, out)
+                delta = part.new_zeros(len(flat), len(W0)).index_copy(0, opened, part)       # (N, out)
+            else:
+                delta = GatedHadamard.apply(flat, W0, self.A, self.B, g)
             return F.linear(x, W0, bias) + delta.view(*x.shape[:-1], -1)
 
-        # g * s B A x: the gate scales the r numbers between A and B rather than the many after B
         low = self.scaling * F.linear(x_in, self.A.to(x.dtype))                 # (..., r)
-        if g is not None:
-            low = low * g.to(x.dtype)
-        delta = F.linear(low, self.B.to(x.dtype))                               # (..., out)
-        if self.method == "lora":
-            return F.linear(x, W0, bias) + delta
+        if self.method == "lora":  # Delta(x) = s B A x; the gate scales r numbers before B, not many after it
+            low = low if g is None else low * g.to(x.dtype)
+            return F.linear(x, W0, bias) + F.linear(low, self.B.to(x.dtype))
 
-        # DoRA: g * ((m/n - 1) * W0 x + (m/n) * s B A x)
+        # DoRA: Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x
         ratio = self.m / self.row_norm()                                        # (out,)
         y = F.linear(x, W0, bias)
-        if x_in is not x:
+        if dropping:
             W0x = F.linear(x_in, W0)
         else:
             W0x = y if bias is None else y - bias
-        stretch = ((ratio - 1) if g is None else (ratio - 1) * g).to(x.dtype)   # (out,) or (..., out)
-        return y + stretch * W0x + ratio.to(x.dtype) * delta
+        delta = (ratio - 1).to(x.dtype) * W0x + ratio.to(x.dtype) * F.linear(low, self.B.to(x.dtype))
+        return y + (delta if g is None else g.to(x.dtype) * delta)
 
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
@@ -226,13 +259,42 @@ def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
             for leaf, p in layer.adapter_parameters().items()}
 
 
+@contextmanager
+def adapters_off(model: nn.Module):
+    """The base model, for as long as the `with` lasts."""
+    layers = gated_layers(model).values()
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@contextmanager
+def cached_products(model: nn.Module):
+    """Keeps HiRA's W0 ⊙ B A of every layer for as long as the `with` lasts: for decoding, where one token's product
+    with it is r times cheaper than making it. Costs the memory of the adapted weights once more; not for training."""
+    layers = [layer for layer in gated_layers(model).values() if layer.method == "hira"]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.dense = layer.weight * (layer.B @ layer.A).to(layer.weight.dtype)     # (out, in)
+        yield
+    finally:
+        for layer in layers:
+            layer.dense = None
+
+
 # -------------------------------------------------------------------------------------------------- the gates
 
 def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Tensor:
     """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the tokens and gates of the last forward
     (GateRA, entropy regularisation). A small entropy is a gate near 0 or 1.
 
-    From the logit it is exact and needs no clamp:  H(z) = softplus(z) - z sigmoid(z).
+    From the logit it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z); and as H(z) = H(-z), from -|z|,
+    where nothing cancels. Its largest value is ln 2 = 0.693, at g = 1/2.
     mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates.
     """
     logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
@@ -241,7 +303,8 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     z = torch.cat(logits, dim=-1)                                               # (B, T, gates)
     if mask is not None:
         z = z[mask]
-    return (F.softplus(z) - z * torch.sigmoid(z)).mean()
+    a = z.abs()
+    return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
 
 
 def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -271,8 +334,18 @@ def save_adapter(model: nn.Module, directory) -> None:
     if not tensors:
         raise UserError("the model has no adapter to save")
     config = json.dumps(asdict(model.adapter_config), indent=2) + "\n"
-    write_atomically(Path(directory) / "adapter.safetensors", lambda path: save_file(tensors, path))
+    metadata = {"sha256": checksum(tensors)}
+    write_atomically(Path(directory) / "adapter.safetensors", lambda path: save_file(tensors, path, metadata))
     write_atomically(Path(directory) / "adapter.json", lambda path: path.write_text(config))
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values: safetensors itself notices a file cut short, but not a flipped byte."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_adapter(model: nn.Module, directory) -> AdapterConfig:
@@ -285,7 +358,8 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
         config, tensors = read_peft(model, file)
     else:
         config, tensors = read_adapter_config(directory), read_tensors(file)
-    if not gated_layers(model):
+    fresh = not gated_layers(model)
+    if fresh:
         inject_adapters(model, config)
     elif model.adapter_config != config:
         raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
@@ -295,6 +369,8 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
               for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if wrong:
+        if fresh:
+            remove_adapters(model)  # leave the base as it was
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise UserError(f"{file}: does not fit this base model: {'; '.join(wrong[:4])}{more}")
     with torch.no_grad():
@@ -307,11 +383,15 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; UserError if it is not there or not whole."""
     try:
         with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+            expected = (handle.metadata() or {}).get("sha256")
     except FileNotFoundError:
         raise UserError(f"{file}: not found") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: broken or truncated ({error})") from None
+    if expected not in (None, checksum(tensors)):
+        raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
+    return tensors
 
 
 def read_adapter_config(directory) -> AdapterConfig:
@@ -334,8 +414,10 @@ def merge_adapters(model: nn.Module) -> None:
     """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
 
     LoRA: W0 + s B A.   DoRA: (m/n) * (W0 + s B A).   HiRA: W0 ⊙ (1 + B A).
+    Merge in float32: bfloat16 rounds 1 + B A to 1 where B A is below 0.004, and a warning says what got lost.
     Raises UserError for a gated adapter: its weight would be another one for every token.
     """
+    worst = 0.0
     for name, layer in gated_layers(model).items():
         if layer.gate != "none":
             raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
@@ -347,8 +429,20 @@ def merge_adapters(model: nn.Module) -> None:
             W = W0 + layer.scaling * BA
         if layer.method == "dora":
             W = W * (layer.m / layer.row_norm())[:, None]
-        linear = nn.Linear(W.shape[1], W.shape[0], bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False), layer.bias
+        merged = W.to(layer.weight.dtype)
+        worst = max(worst, ((merged - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+    remove_adapters(model)
+    if worst > 0.05:
+        warnings.warn(f"merging into {merged.dtype} rounded off up to {100 * min(worst, 1):.0f} % of a layer's update; "
+                      "load the base in float32")
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Puts an nn.Linear with the present weight back in the place of each adapted layer."""
+    for name, layer in gated_layers(model).items():
+        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
     model.adapter_config = None
@@ -407,20 +501,23 @@ def export_peft(model: nn.Module, directory) -> None:
         tensors |= {f"base_model.model.{path}.{keys[leaf]}": t.detach().cpu().contiguous() for leaf, t in state.items()}
     # the name of a layer, or two of them where attention and MLP share one: attn.c_proj, mlp.c_proj
     targets = {".".join(path.split(".")[-2 if path.endswith("c_proj") else -1:]) for path in layers}
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "name_or_path", None),
-           "inference_mode": True, "r": rank, "target_modules": sorted(targets),
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+           "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
+           "target_modules": sorted(targets),
            "fan_in_fan_out": model.config.positions == "learned"}                   # GPT-2's Conv1D keeps (in, out)
     if config.method == "hira":
         raw |= {"peft_type": "HIRA", "hira_dropout": config.dropout}
     else:
-        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank), "lora_dropout": config.dropout,
-                "use_rslora": config.rslora, "use_dora": config.method == "dora", "bias": "none"}
-    write_atomically(Path(directory) / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_atomically(Path(directory) / "adapter_config.json", lambda path: path.write_text(json.dumps(raw, indent=2) + "\n"))
+        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank),
+                "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": config.method == "dora",
+                "bias": "none"}
+    directory, text = Path(directory), json.dumps(raw, indent=2) + "\n"
+    write_atomically(directory / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_atomically(directory / "adapter_config.json", lambda path: path.write_text(text))
 
 
 def peft_part(layer: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
-    """A, B and m of a layer; for one without adapter, inside a c_attn with one, those that change nothing: A = B = 0."""
+    """A, B and m of a layer; for one without an adapter in a c_attn with one, those that change nothing: A = B = 0."""
     if isinstance(layer, GatedLinear):
         return layer.adapter_parameters()
     W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))    # (out, in)
@@ -470,8 +567,8 @@ def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, to
                                  part["B"].chunk(of)[i][:, i * r // n:(i + 1) * r // n])
     nonzero = lambda *tensors: sum(int(tensor.count_nonzero()) for tensor in tensors)  # noqa: E731
     in_blocks = n > 1 and r % n == 0 and any(part["B"].any() for part in parts.values()) and all(
-        nonzero(part["A"], part["B"]) == sum(nonzero(*block(part, i, len(layers[path]))) for i in range(len(layers[path])))
-        for path, part in parts.items())
+        nonzero(part["A"], part["B"]) == sum(nonzero(*block(part, i, len(names))) for i in range(len(names)))
+        for part, names in ((part, layers[path]) for path, part in parts.items()))
     tensors = {}
     for path, names in layers.items():
         for i, name in enumerate(names):

@@ -16,9 +16,11 @@ Order of this file: config, the transformer, generation, pretrained weights, tok
 Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary;
 N tokens of a packed row, D documents in it.
 """
+import functools
 import json
 import math
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,8 +138,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Flow(NamedTuple):
     """What every block needs to know about the tokens beside their activations."""
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
-    grid: torch.Tensor | None   # (D, L) packed row -> documents: which token of the row is token t of document d
-    slot: torch.Tensor | None   # (N,)   documents -> packed row: where each token's result is to be found
+    # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
+    # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
+    grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
+    slot: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
     cache: "KVCache | None"
 
 
@@ -153,7 +157,8 @@ class KVCache:
     def at(self, positions: torch.Tensor) -> "KVCache":
         """Points at the slots (B, T) that the next tokens fill; each sees the slots up to its own."""
         self.positions = positions
-        self.mask = torch.arange(self.max_len, device=positions.device) <= positions[:, None, :, None]  # (B, 1, T, max_len)
+        slots = torch.arange(self.max_len, device=positions.device)
+        self.mask = slots <= positions[:, None, :, None]                                      # (B, 1, T, max_len)
         return self
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
@@ -225,6 +230,21 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Recomputing:
+    """`now` is True while a checkpointed block runs for the second time, in the backward. Layers that keep something
+    of their forward must not keep that one's: its graph would hold the block's activations, and save no memory."""
+    now = False
+
+
+@contextmanager
+def recomputation():
+    Recomputing.now = True
+    try:
+        yield
+    finally:
+        Recomputing.now = False
+
+
 class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -261,7 +281,8 @@ class Transformer(nn.Module):
             # a spare place; cells that share a token hold the same result, and any of them will do.
             cells = torch.arange(documents.numel(), device=ids.device)
             slot = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
-            grid = documents.clamp(min=0)
+            # What is in the spare cells is never seen. Different tokens, as many gradients to one would queue on a GPU.
+            grid = torch.where(documents < 0, cells.view_as(documents) % T, documents)
             if positions is None:
                 positions = (slot % documents.shape[1])[None]
         elif positions is None:
@@ -282,7 +303,7 @@ class Transformer(nn.Module):
         flow = Flow(rotary, grid, slot, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, flow, use_reentrant=False)
+                x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
             else:
                 x = block(x, flow)
         if select is not None:
@@ -298,11 +319,13 @@ class Transformer(nn.Module):
         """Continues each prompt (token ids, lengths may differ) by up to `max_new_tokens`, with a KV cache.
 
         temperature 0 takes the likeliest token; above 0 samples from softmax(logits / temperature), from the
-        `top_k` likeliest if given. Returns the new ids, without `stop`. Raises ValueError for an empty prompt
-        or one that leaves no room.
+        `top_k` likeliest if given, by a `generator` of the model's device. Returns the new ids, without `stop`.
+        Raises ValueError for an empty prompt, one that leaves no room, or settings out of range.
         """
         if not prompts or not all(prompts):
             raise ValueError("generate needs at least one prompt, each with at least one token")
+        if temperature < 0 or max_new_tokens < 0 or top_k is not None and top_k < 1:
+            raise ValueError(f"temperature {temperature}, max_new_tokens {max_new_tokens}, top_k {top_k}: out of range")
         device, lengths = self.embed.weight.device, torch.tensor([len(p) for p in prompts])
         total = int(lengths.max()) + max_new_tokens
         if total > self.config.max_len:
@@ -330,7 +353,7 @@ class Transformer(nn.Module):
                 done |= new == stop
                 if done.all():
                     break
-            ids, positions, last = new[:, None], (lengths + step)[:, None], None
+            ids, positions = new[:, None], (lengths + step)[:, None]
             last = torch.arange(len(prompts), device=device)
         rows = torch.stack(out, dim=1).tolist() if out else [[] for _ in prompts]
         return [row[:row.index(stop)] if stop in row else row for row in rows]
@@ -384,7 +407,7 @@ def find_model(name_or_path: str) -> Path:
         return path
     if name_or_path == "smollm2-135m":
         return smollm2_135m()
-    if path.suffix == ".gguf" or path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
         raise UserError(f"{name_or_path}: no such model file or directory")
     if path.is_file():
         raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
@@ -398,7 +421,8 @@ def read_json(path: Path) -> dict:
             raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
         return raw
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer files") from None
+        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer "
+                        "files") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -456,7 +480,8 @@ def gpt2_config(raw: dict) -> TransformerConfig:
 
 def llama_config(raw: dict) -> TransformerConfig:
     _require(raw, hidden_act=("silu",))
-    rope = raw.get("rope_parameters") or (raw.get("rope_scaling") or {}) | {"rope_theta": raw.get("rope_theta", 10000.0)}
+    rope = raw.get("rope_parameters")  # since transformers 5; two fields before
+    rope = rope or (raw.get("rope_scaling") or {}) | {"rope_theta": raw.get("rope_theta", 10000.0)}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope scaling '{kind}' is not supported; expected 'default' or 'llama3'")
@@ -469,15 +494,16 @@ def llama_config(raw: dict) -> TransformerConfig:
         n_kv_head=raw.get("num_key_value_heads") or 0, head_dim=raw.get("head_dim") or 0, d_model=raw["hidden_size"],
         d_ff=raw["intermediate_size"], max_len=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
         attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
-        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0), rope_scaling=scaling)
+        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0),
+        rope_scaling=scaling)
 
 
 GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "attn_norm", "ln_2": "mlp_norm",
               "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
                "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-                   "added_tokens.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
 GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
               "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
               "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -540,14 +566,15 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
     if getattr(model, "adapter_config", None) is not None:
         raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
     if directory.resolve() == source.resolve() or directory.is_file():
-        raise UserError(f"{directory}: cannot write a model here, it is {'a file' if directory.is_file() else 'the base'}")
+        what = "a file" if directory.is_file() else "the base model itself"
+        raise UserError(f"{directory}: cannot write here, it is {what}")
     directory.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".gguf":
         raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
     else:
         raw = read_json(source / "config.json")
-        names = {name: name for name in TOKENIZER_FILES} | {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
-        for old, new in names.items():
+        for old in TOKENIZER_FILES:
+            new = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(old, old)
             if (source / old).exists():
                 shutil.copyfile(source / old, directory / new)
     parts = {}  # GPT-2's c_attn has three
@@ -573,10 +600,12 @@ def llama_fields(config: TransformerConfig, source: Path) -> dict:
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
             "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "hidden_size": config.d_model,
-            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len, "rms_norm_eps": config.norm_eps,
-            "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
+            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len,
+            "rms_norm_eps": config.norm_eps, "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
 
 
+@functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def open_gguf(path: Path):
     from gguf import GGUFReader  # only those who use a .gguf pay for the import
     try:
@@ -646,7 +675,7 @@ def read_gguf(path: Path):
 # How text is cut into words before byte-pair merges: a property of each tokenizer, by llama.cpp's name for it.
 SPLIT = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",  # digits one by one
+    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -730,6 +759,9 @@ def json_tokenizer(directory: Path) -> Tokenizer:
     if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
         raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
                         "SentencePiece tokenizers, such as Llama 2's, are not supported")
+    first = steps[0]
+    if steps[-1].get("add_prefix_space") or first.get("behavior", "Isolated") != "Isolated" or first.get("invert"):
+        raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
     if kinds == ["ByteLevel"]:
         split = SPLIT["gpt-2"]
     elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -762,8 +794,10 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     NORMAL = 1
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
-    ranks = byte_ranks({token: i for i, token in enumerate(tokens)}, set(special), get("tokenizer.ggml.merges"), file)
-    bos = get("tokenizer.ggml.bos_token_id") if get("tokenizer.ggml.add_bos_token", False) else None
+    vocabulary, merges = {token: i for i, token in enumerate(tokens)}, get("tokenizer.ggml.merges")
+    ranks = byte_ranks(vocabulary, set(special), merges, file)
+    add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
+    bos = get("tokenizer.ggml.bos_token_id", None) if add_bos else None
     return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id", None), bos)
 
 
@@ -781,7 +815,8 @@ def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     if tokenizer.bos is not None:
         name = tokens[tokenizer.bos]
         single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        first = {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
+        first = {"type": "TemplateProcessing", "single": single,
+                 "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
                  "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]}}}
     (directory / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
@@ -795,8 +830,7 @@ def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     ids = {name: get(f"tokenizer.ggml.{key}_token_id", None) for name, key in (
         ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings | {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
-        "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template", None)}, indent=2) + "\n",
-        encoding="utf-8")
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
+                 "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template", None)}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {f"{name}_token_id": i for name, i in ids.items() if name != "unk" and i is not None}

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records, prepare
-from eval import evaluate, headline, refuse
-from gatera import (GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gate_values,
+from eval import device_problems, evaluate, headline, pick_device, refuse
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
                     inject_adapters, load_adapter, save_adapter, write_atomically)
 from model import Transformer, load_tokenizer
 
@@ -42,7 +42,7 @@ from model import Transformer, load_tokenizer
 class Config:
     """Every setting. The comment of a field is its --help; the defaults are the paper's recipe."""
     preset: str = ""                # a named set of other defaults: quickstart
-    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, or a .gguf file
+    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, a .gguf file
     out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
     # the method
     peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
@@ -53,6 +53,7 @@ class Config:
     targets: str = "qkv,fc"         # adapted layers: qkv (q, k, v), fc (up, down), or layer names, with commas between
     entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
     gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
+    skip_closed: float = 0.0        # tokens with a gate up to this skip the update and its cost; 0: none do
     gate_lr: float = 0.0            # learning rate of w_g and b_g; 0: the same as lr
     # data
     tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
@@ -77,7 +78,7 @@ class Config:
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # auto (bfloat16 on cuda, float16 on older gpus, float32 on cpu), float32, bfloat16, float16
+    dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
 
@@ -94,6 +95,7 @@ TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")
 
 def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
+    # every field of Config ends in a comment, which is its help
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -117,13 +119,15 @@ def parse(argv: list[str]) -> Config:
             try:
                 given[field.name] = field.type(text)
             except ValueError:
-                wrong.append(f"--{field.name.replace('_', '-')} {text}: expected {field.type.__name__}")
+                kind = {int: "a whole number", float: "a number"}[field.type]
+                wrong.append(f"--{field.name.replace('_', '-')} {text}: expected {kind}")
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     config = Config(**(PRESETS.get(preset, {}) | given))
     config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
-    config.out = config.out or f"out/{preset or f'{Path(config.init).stem}-{config.peft}-{config.gate}'}"
+    base = Path(config.init).name.removesuffix(".gguf")
+    config.out = config.out or f"out/{preset or f'{base}-{config.peft}-{config.gate}'}"
     wrong += check(config)
     if wrong:
         raise UserError("; ".join(wrong))
@@ -132,47 +136,56 @@ def parse(argv: list[str]) -> Config:
 
 def check(c: Config) -> list[str]:
     """What is wrong with the values, one text each."""
-    tasks = task_names(c)
+    tasks, floats = task_names(c), [f.name for f in dataclasses.fields(c) if f.type is float]
+    unknown = [task for task in tasks if task not in TASKS]
     rules = [
         (c.peft in (*METHODS, "gatera"), f"--peft {c.peft}: expected one of {', '.join((*METHODS, 'gatera'))}"),
-        (c.gate in GATES, f"--gate {c.gate}: expected one of {', '.join(GATES)}"),
-        (c.peft != "gatera" or c.gate == "token", f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
+        (c.peft != "gatera" or c.gate == "token",
+         f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
         (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
-        (set(tasks) <= set(TASKS), f"--tasks {c.tasks}: expected all or some of {', '.join(TASKS)}"),
+        (not unknown, f"--tasks {', '.join(unknown)}: expected all or some of {', '.join(TASKS)}"),
+        (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
         (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
-        (re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.device), f"--device {c.device}: expected auto, cpu, cuda or cuda:N"),
-        (not c.device.startswith("cuda") or torch.cuda.is_available(), f"--device {c.device}: no CUDA GPU here; use --device cpu"),
-        (0 <= c.dropout < 1, f"--dropout {c.dropout}: expected 0 up to, not including, 1"),
-        (c.lr > 0 and math.isfinite(c.lr), f"--lr {c.lr}: expected a positive number"),
+        (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
         (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
-        (not Path(c.out).is_file(), f"--out {c.out}: a file is there; expected a directory"),
+        (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
+        (not c.max_steps or c.warmup < c.max_steps,
+         f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
+        (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
-              for name in ("r", "batch", "epochs", "eval_every", "log_every")]
+              for name in ("batch", "epochs", "eval_every", "log_every")]
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
-              for name in ("alpha", "entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps",
-                           "warmup", "clip", "validation", "test")]
-    return [message for fine, message in rules if not fine]
+              for name in ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup",
+                           "clip", "validation", "test")]
+    rules += [(math.isfinite(getattr(c, name)),
+               f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number") for name in floats]
+    wrong = [message for fine, message in rules if not fine] + device_problems(c.device) + out_problems(Path(c.out))
+    if c.peft in (*METHODS, "gatera"):
+        try:
+            adapter_config(c)
+        except UserError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def out_problems(out: Path) -> list[str]:
+    """A run may replace an earlier run, which is moved aside, but nothing else that is already there."""
+    if out.is_file() or any(parent.is_file() for parent in out.parents):
+        return [f"--out {out}: a file is there; expected a directory"]
+    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
+        return [f"--out {out}: the directory holds other things than a run; expected a new or empty one"]
+    return []
 
 
 def task_names(c: Config) -> list[str]:
-    return list(TASKS) if c.tasks == "all" else c.tasks.split(",")
+    return list(TASKS) if c.tasks == "all" else [task.strip() for task in c.tasks.split(",")]
 
 
 def adapter_config(c: Config) -> AdapterConfig:
     targets = tuple(name for word in c.targets.split(",") for name in TARGETS.get(word, (word,)))
     return AdapterConfig(method="hira" if c.peft == "gatera" else c.peft, gate=c.gate, r=c.r, alpha=c.alpha or None,
-                         dropout=c.dropout, targets=targets, gate_bias=c.gate_bias)
-
-
-def pick_device(c: Config) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and the dtype of the frozen base and of autocast. Adapters and their optimiser stay in float32."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device)
-    if c.dtype != "auto":
-        return device, getattr(torch, c.dtype)
-    if device.type == "cpu":
-        return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+                         dropout=c.dropout, targets=targets, gate_bias=c.gate_bias, skip_closed=c.skip_closed)
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -187,12 +200,17 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
     if len(records) <= c.validation:
         raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
     # Held-out rows are drawn with a seed of their own: runs with different seeds are validated on the same rows.
-    held_out = set(random.Random(0).sample(range(len(records)), c.validation))
-    return ([r for i, r in enumerate(records) if i not in held_out], [records[i] for i in sorted(held_out)], test)
+    held_out = [records[i] for i in sorted(random.Random(0).sample(range(len(records)), c.validation))]
+    # Training sets repeat records (a third of WinoGrande's): a held-out record must have no twin left in training.
+    seen = {json.dumps(r) for r in held_out}
+    training = [r for r in records if json.dumps(r) not in seen]
+    if not training:
+        raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
+    return training, held_out, test
 
 
 def batches(n: int, c: Config):
-    """Lists of record numbers, a list for each optimiser step, epoch after epoch. The order depends on the seed alone."""
+    """Record numbers, a list for each optimiser step, epoch after epoch. The order depends on the seed alone."""
     for epoch in itertools.count():
         order = list(range(n))
         random.Random(f"{c.seed} {epoch}").shuffle(order)
@@ -240,6 +258,16 @@ def validation_loss(model, questions, autocast, device, size: int) -> float:
     return total / tokens
 
 
+def progress(line: dict, steps: int) -> str:
+    """A line of metrics.jsonl as people read it."""
+    gates = ""
+    if "gate_prompt" in line:
+        gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
+                 f" answer {line.get('gate_answer', math.nan):.2f}")
+    return (f"step {line['step']:>5}/{steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm "
+            f"{line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
+
+
 def keep_earlier_run(out: Path) -> None:
     """Moves a run that is already in `out` aside, to out-1, out-2, ...: a new run overwrites nothing."""
     if (out / "metrics.jsonl").exists():
@@ -257,12 +285,14 @@ def clock(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
-    device, dtype = pick_device(c)
+    device, dtype = pick_device(c.device, c.dtype)
     out = Path(c.out)
     started = time.time()
 
     # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
     tokenizer = load_tokenizer(c.init)
+    if tokenizer.eos is None:
+        raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
     train_records, validation_records, test_records = load_data(c)
     encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
     validation = [encode(record) for record in validation_records]
@@ -272,16 +302,14 @@ def main(argv: list[str] | None = None) -> dict:
     if c.max_len > base.config.max_len:
         raise UserError(f"--max-len {c.max_len} is longer than the base's context of {base.config.max_len}")
     n_base = sum(p.numel() for p in base.parameters())
-    if c.test:
-        print(f"scoring {c.init} on {sum(map(len, test_records.values()))} test questions before training", flush=True)
-    before = {task: evaluate(base, tokenizer, records, c.form, c.max_len) for task, records in test_records.items()}
 
     torch.manual_seed(c.seed)
     inject_adapters(base, adapter_config(c))
     trainable = adapter_state(base)
     n_trainable = sum(p.numel() for p in trainable.values())
+    share = 100 * n_trainable / (n_base + n_trainable)
     print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
+          f"{share:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
 
     gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
     others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
@@ -296,8 +324,8 @@ def main(argv: list[str] | None = None) -> dict:
     steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
     if c.warmup >= steps:
         raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, {c.form} "
-          f"form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
+    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
+          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
     keep_earlier_run(out)
     metrics = out / "metrics.jsonl"
@@ -312,7 +340,9 @@ def main(argv: list[str] | None = None) -> dict:
             file.write(json.dumps(line) + "\n")
 
     # ------------------------------------------------------------------------------------------- the loop
-    best, cut, tokens_since, clock_since, order = math.inf, 0, 0, time.time(), batches(len(train_records), c)
+    order = batches(len(train_records), c)
+    best, cut = math.inf, 0                              # lowest validation loss; prompts that were too long
+    tokens_since, clock_since = 0, time.time()           # of the present progress line
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
@@ -322,16 +352,17 @@ def main(argv: list[str] | None = None) -> dict:
         micro = [pack(questions[i:i + size]) for i in range(0, len(questions), size)]
         n_answer, n_token = sum(len(m.targets) for m in micro), sum(m.ids.numel() for m in micro)
 
-        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches
+        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task
+        # is over the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
         loss = entropy = 0.0
         for batch in micro:
             batch = batch.to(device)
             with autocast():
                 logits = model(batch.ids, documents=batch.documents, select=batch.select)             # (M, V)
                 task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / n_answer
-                spread = gate_entropy(base) * (batch.ids.numel() / n_token)
-            scaler.scale(task + c.entropy_weight * spread).backward()
-            loss, entropy = loss + task.detach(), entropy + spread.detach()
+                uncertainty = gate_entropy(base) * (batch.ids.numel() / n_token)  # this micro-batch's share
+            scaler.scale(task + c.entropy_weight * uncertainty).backward()
+            loss, entropy = loss + task.detach(), entropy + uncertainty.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
         scaler.step(optimizer)
@@ -339,9 +370,10 @@ def main(argv: list[str] | None = None) -> dict:
         optimizer.zero_grad(set_to_none=True)
         tokens_since += n_token
 
-        last = step == steps - 1
-        if step % c.log_every == 0 or last:
-            line = {"step": step, "loss": float(loss), "entropy": float(entropy), **mean_gates(base, batch.is_answer),
+        is_last = step == steps - 1
+        if step % c.log_every == 0 or is_last:
+            line = {"step": step, "loss": float(loss), "entropy": float(entropy),
+                    **mean_gates(base, batch.is_answer),  # of the last micro-batch
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
             if not math.isfinite(line["loss"]):
                 raise UserError(f"step {step}: the loss is {line['loss']}; lower --lr, or use --dtype float32")
@@ -350,13 +382,12 @@ def main(argv: list[str] | None = None) -> dict:
             left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
             tokens_since, clock_since = 0, now
             record(line)
-            shown = f" | gate prompt {line['gate_prompt']:.2f} answer {line.get('gate_answer', math.nan):.2f}" if "gate_prompt" in line else ""
-            print(f"step {step:>5}/{steps} | loss {line['loss']:.4f} | entropy {line['entropy']:.3f}{shown} | lr {line['lr']:.2e} | "
-                  f"norm {line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB | "
-                  f"{clock(left)} left", flush=True)
-        if validation and ((step + 1) % c.eval_every == 0 or last):
+            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
+        if validation and ((step + 1) % c.eval_every == 0 or is_last):
             paused = time.time()
             value = validation_loss(model, validation, autocast, device, size)
+            if not math.isfinite(value):
+                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32")
             record({"step": step, "validation_loss": value})
             print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
@@ -371,17 +402,21 @@ def main(argv: list[str] | None = None) -> dict:
 
     # -------------------------------------------------------------------------------------------- results
     if cut:
-        print(f"{cut} questions were longer than {c.max_len} tokens and lost the start of their prompt")
-    results = {"steps": steps, "best_validation_loss": best if validation else None, "seconds": time.time() - started, "tasks": {}}
+        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
+    results = {"steps": steps, "best_validation_loss": best if validation else None,
+               "seconds": time.time() - started, "tasks": {}}
     for task, records in test_records.items():
+        print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
+        with adapters_off(base):  # the frozen base is what it was
+            before = evaluate(base, tokenizer, records, c.form, c.max_len)
         after = evaluate(base, tokenizer, records, c.form, c.max_len)
-        results["tasks"][task] = {key: {"before": before[task][key], "after": after[key]} for key in ("acc", "acc_norm")}
+        results["tasks"][task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
         name = "acc_norm" if c.form == "cloze" else "acc"
-        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before[task], c.form):.1f} % before, "
+        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
               f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
     write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     print(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
-          f"python eval.py --run {out} --tasks {c.tasks}")
+          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
 
 

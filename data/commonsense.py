@@ -47,7 +47,8 @@ def instruction(record: dict) -> str:
     text = text.format(question=record["question"])
     names = label_names(record)
     if word is not None:
-        text += "\n\n" + separator.join(f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
+        lettered = (f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
+        text += "\n\n" + separator.join(lettered)
     return text + (" " if record["task"] == "winogrande" else "\n\n") + "Answer format: " + "/".join(names)
 
 
@@ -58,8 +59,9 @@ def label_form(record: dict) -> list[tuple[str, str]]:
 
 
 def without_tags(text: str) -> str:
-    """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops as lm-evaluation-harness does; but for
+    the space that a mark at the start of an ending leaves behind, which would double the one after the prompt."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
 
 
 def cloze_form(record: dict) -> list[tuple[str, str]]:
@@ -72,7 +74,8 @@ def cloze_form(record: dict) -> list[tuple[str, str]]:
         return [(before + choice, " " + after.strip()) for choice in choices]
     if task == "boolq":
         passage = f"{record['passage']}\n" if record.get("passage") else ""
-        return [(f"{passage}Question: {question}?\nAnswer:", " yes" if choice == "true" else " no") for choice in choices]
+        prompt = f"{passage}Question: {question}?\nAnswer:"
+        return [(prompt, " yes" if choice == "true" else " no") for choice in choices]
     if task == "hellaswag":
         return [(without_tags(question), " " + without_tags(choice)) for choice in choices]
     if task == "social_i_qa":

@@ -248,12 +248,15 @@ def _first_line(error: Exception) -> str:
 
 
 def run_command(main) -> None:
-    """Runs a program's main(); a UserError becomes its one line on stderr and exit status 2."""
+    """Runs a program's main(); what a user can mend becomes one line on stderr and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names its file: no permission, disk full, ...
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
         _write(file, text)
         digest = hashlib.sha256(text).hexdigest()
         known = SHA256.get((task, split), {})
-        status = "sha256 ok" + known[digest] if digest in known else f"sha256 {digest}, not one of those in data/prepare.py"
+        status = "sha256 ok" + known[digest] if digest in known else f"sha256 {digest}, unknown to data/prepare.py"
         print(f"{task}/{split}: {len(records):,} records, {status}", flush=True)
 
 

@@ -58,8 +58,7 @@ CLOZE = {
 @pytest.mark.parametrize("task", CLOZE)
 def test_cloze_text(task):
     record, expected = CLOZE[task]
-    got = cloze_form({"task": task, "label": 0} | record)
-    assert [(" ".join(prompt.split(" ")).replace("  ", " "), " " + answer.strip()) for prompt, answer in got] == expected
+    assert cloze_form({"task": task, "label": 0} | record) == expected
 
 
 @pytest.mark.parametrize("form", ["label", "cloze"])

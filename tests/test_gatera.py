@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from data.commonsense import Question, pack
 from data.download import UserError
-from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, gate_entropy, gate_values,
+from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, adapters_off,
+                    cached_products, gate_entropy, gate_values,
                     gated_layers, inject_adapters, load_adapter, merge_adapters, save_adapter)
 from model import Transformer, TransformerConfig
 
@@ -332,3 +333,129 @@ def test_the_model_compiles_without_a_graph_break(method, gate):
 
     for a, b in zip(gradients(model), gradients(compiled)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------- switches and short cuts
+
+@every
+def test_adapters_can_be_switched_off_and_on(method, gate):
+    model = adapted(method, gate)
+    with_adapters = model(IDS)
+    with adapters_off(model):
+        assert torch.equal(model(IDS), tiny()(IDS))
+    assert torch.equal(model(IDS), with_adapters)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_cached_products_give_the_same_logits(gate):
+    model = adapted("hira", gate)
+    before = model(IDS)
+    with cached_products(model):
+        torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
+    assert all(layer.dense is None for layer in gated_layers(model).values())
+
+
+def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
+    torch.manual_seed(5)
+    linear, tau = nn.Linear(8, 12, bias=False).double().requires_grad_(False), 0.2
+    exact = GatedLinear(linear, AdapterConfig("hira", "token", r=8))
+    skipping = GatedLinear(linear, AdapterConfig("hira", "token", r=8, skip_closed=tau))
+    for name, p in exact.adapter_parameters().items():
+        p.data = torch.eye(8).double() if name == "A" else p.data + torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
+        getattr(skipping, name).data = p.data
+    x, dy = torch.randn(40, 8, dtype=torch.float64, requires_grad=True), torch.randn(40, 12, dtype=torch.float64)
+    outputs, gradients = [], []
+    for layer in (exact, skipping):
+        outputs.append(layer(x))
+        gradients.append(torch.autograd.grad((outputs[-1] * dy).sum(), [x, layer.B]))
+    g = torch.sigmoid(exact.gate_logit.detach())                                          # (40, 1)
+    closed = (g <= tau).flatten()
+    assert 0 < closed.sum() < 40
+    delta = x @ (linear.weight * (exact.B @ exact.A)).T
+    lost = outputs[0] - outputs[1]
+    assert torch.equal(lost[~closed], torch.zeros_like(lost[~closed]))
+    assert (lost[closed].norm(dim=1) <= tau * delta[closed].norm(dim=1)).all()
+    bound = (tau * linear.weight.abs().max() * dy.norm(dim=1) * x.norm(dim=1))[closed].sum()
+    assert 0 < (gradients[0][1] - gradients[1][1]).norm() <= bound
+    torch.testing.assert_close(gradients[0][0][~closed], gradients[1][0][~closed], rtol=0, atol=1e-12)
+
+
+def test_skipping_works_when_every_gate_is_closed():
+    model = adapted("hira", "token", skip_closed=0.1)
+    set_gates(model, -1e4)
+    logits = model(IDS)
+    logits.square().mean().backward()
+    assert torch.equal(logits, tiny()(IDS))
+
+
+def test_adapters_work_in_packed_rows_and_with_a_cache():
+    """Gradients of two packed documents equal those of each on its own; cached decoding equals the full forward."""
+    model = adapted("hira", "token")
+    questions = [Question([1, 2, 3], [[4, 5]]), Question([6, 7], [[8, 9, 10]])]
+    batch, parameters = pack(questions), list(adapter_state(model).values())
+    packed = model(batch.ids, documents=batch.documents, select=batch.select)
+    g_packed = torch.autograd.grad(packed.square().sum() + 6 * gate_entropy(model), parameters)
+    alone, entropy = [], 0
+    for prompt, answers, _ in questions:
+        logits = model(torch.tensor([prompt + answers[0][:-1]]))
+        alone.append(logits[0, len(prompt) - 1:])
+        entropy = entropy + gate_entropy(model) * logits.shape[1] / batch.ids.numel()
+    alone = torch.cat(alone)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-11)
+    for a, b in zip(g_packed, torch.autograd.grad(alone.square().sum() + 6 * entropy, parameters)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    row = [1, 2, 3]
+    for token in model.generate([[1, 2, 3], [4]], 6)[0]:
+        assert token == model(torch.tensor([row]))[0, -1].argmax()
+        row.append(token)
+
+
+def test_checkpointing_with_gates_keeps_no_activations():
+    """After a backward, all activations are free: a gate logit kept from the second forward would hold each block's."""
+    import weakref
+    model, storages = adapted("hira", "token"), []
+    model.gradient_checkpointing = True
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, GatedLinear)):
+            module.register_forward_hook(lambda m, i, o: storages.append(weakref.ref(o.untyped_storage())))
+    (model(IDS).square().sum() + gate_entropy(model)).backward()
+    assert len(storages) > 2 * len(gated_layers(model)) and not any(ref() is not None for ref in storages)
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    save_adapter(adapted("hira", "token", dtype=torch.float32), tmp_path)
+    file = tmp_path / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="do not match their checksum"):
+        load_adapter(tiny(dtype=torch.float32), tmp_path)
+
+
+def test_a_refused_adapter_leaves_the_base_as_it_was(tmp_path):
+    save_adapter(adapted("lora", "none", dtype=torch.float32), tmp_path)
+    BROKEN["missing blocks.0.attn.k_proj.B"](tmp_path)
+    base = tiny(dtype=torch.float32)
+    with pytest.raises(UserError, match="missing"):
+        load_adapter(base, tmp_path)
+    assert gated_layers(base) == {} and torch.equal(base(IDS), tiny(dtype=torch.float32)(IDS))
+
+
+def test_entropy_is_exact_in_float32_at_both_ends():
+    for logit in (-30.0, -15.0, -3.0, 0.0, 3.0, 15.0, 30.0):
+        values = []
+        for dtype in (torch.float32, torch.float64):
+            model = adapted("hira", "static", dtype=dtype)
+            set_gates(model, -abs(logit) if dtype == torch.float64 else logit)
+            model(IDS)
+            values.append(gate_entropy(model).item())
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_float16_keeps_small_updates():
+    torch.manual_seed(0)
+    x, A, W0 = torch.randn(16, 256), torch.randn(8, 256) / 16, 0.02 * torch.randn(128, 256)
+    B = 1e-4 * torch.randn(128, 8)
+    exact = x @ (W0 * (B @ A)).T
+    half = GatedHadamard.apply(x.half(), W0.half(), A, B, None).float()
+    assert (half - exact).norm() < 0.02 * exact.norm()

@@ -1,6 +1,9 @@
 """The training program, on tiny models and the sample records."""
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import eval as evaluation
 import train
 from conftest import write_gpt2, write_llama
 from data.download import UserError
-from gatera import load_adapter
+from gatera import AdapterConfig, gated_layers, inject_adapters, load_adapter
 from model import Transformer
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
@@ -34,7 +37,6 @@ def adapter(directory, which="last"):
 @pytest.mark.parametrize("peft, gate", [("lora", "none"), ("lora", "token"), ("dora", "static"), ("dora", "token"),
                                         ("hira", "none"), ("hira", "static"), ("gatera", "")])
 def test_a_run_learns_and_leaves_what_it_promises(peft, gate, llama, tmp_path, capsys):
-    before = load_file(llama / "model.safetensors")
     results = run(tmp_path / "run", llama, "--peft", peft, *(["--gate", gate] if gate else []), "--test", "3",
                   "--tasks", "piqa,boolq", "--validation", "2", "--epochs", "8", "--entropy-weight", "0")
     lines = metrics(tmp_path / "run")
@@ -44,7 +46,6 @@ def test_a_run_learns_and_leaves_what_it_promises(peft, gate, llama, tmp_path, c
     assert ("gate_prompt" in logged[0]) == (gate != "none")
     assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_s"] > 0 for line in logged)
     assert set(results["tasks"]) == {"piqa", "boolq"} and results["best_validation_loss"] > 0
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), load_file(llama / "model.safetensors").values()))
     model = Transformer.from_pretrained(llama)
     config = load_adapter(model, tmp_path / "run" / "best")
     assert (config.method, config.gate) == ("hira" if peft == "gatera" else peft, gate or "token")
@@ -125,16 +126,24 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("flags, messages", [
     (["--lrr", "1"], ["unknown argument --lrr", "did you mean --lr?"]),
-    (["--r", "0", "--lr", "-1", "--batch", "x"], ["--r 0: expected 1 or more", "--lr -1.0", "--batch x: expected int"]),
+    (["--r", "0", "--lr", "-1", "--batch", "x"], ["r 0; expected a positive whole number", "--lr -1.0", "--batch x: expected a whole number"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--peft", "ia3"], ["--peft ia3: expected one of lora, dora, hira, gatera"]),
     (["--peft", "gatera", "--gate", "none"], ["use --peft hira"]),
-    (["--gate", "soft"], ["--gate soft: expected one of none, token, static"]),
+    (["--gate", "soft"], ["gate 'soft'; expected one of none, token, static"]),
     (["--tasks", "arc"], ["--tasks arc: expected all or some of boolq"]),
     (["--form", "poem", "--dtype", "int8"], ["--form poem", "--dtype int8"]),
     (["--device", "tpu"], ["--device tpu: expected auto, cpu"]),
     (["--preset", "slowstart"], ["--preset slowstart: expected one of quickstart"]),
-    (["--dropout", "1"], ["--dropout 1.0"]),
+    (["--dropout", "1"], ["dropout 1.0"]),
+    (["--gate-bias", "nan", "--entropy-weight", "inf"], ["--gate-bias nan", "--entropy-weight inf"]),
+    (["--tasks", "piqa,piqa"], ["named twice"]),
+    (["--compile", "--checkpointing"], ["expected one of them"]),
+    (["--max-steps", "3"], ["--warmup 100: expected less than --max-steps 3"]),
+    (["--peft", "lora", "--skip-closed", "0.1"], ["skip_closed"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--out", str(Path(__file__).parent)], ["holds other things than a run"]),
+    (["--out", __file__ + "/run"], ["a file is there"]),
     (["--lr"], ["--lr: expected one argument"]),
     (["--out", __file__], ["a file is there"]),
 ])
@@ -164,12 +173,72 @@ def test_gpt2_trains_too(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_learns_the_same(tmp_path):
     base = write_llama(tmp_path / "llama", layers=1)
-    run(tmp_path / "eager", base)
-    run(tmp_path / "compiled", base, "--compile")
-    for a, b in zip(metrics(tmp_path / "eager")[1:], metrics(tmp_path / "compiled")[1:]):
-        assert a.get("loss") == pytest.approx(b.get("loss"), rel=1e-3)
+    run(tmp_path / "eager", base, "--max-steps", "4")
+    program = Path(train.__file__)
+    subprocess.run([sys.executable, program, "--init", base, "--data", SAMPLE, "--out", tmp_path / "compiled", "--r", "4",
+                    "--warmup", "2", "--batch", "8", "--validation", "4", "--eval-every", "3", "--log-every", "2",
+                    "--device", "cpu", "--lr", "1e-2", "--max-steps", "4", "--compile"], check=True, capture_output=True)
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("eager", "compiled")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
+
+
+CHANGES = ["--gate-lr 0.1", "--clip 1e-3", "--weight-decay 0.5", "--dropout 0.5", "--gate-bias 1", "--entropy-weight 1",
+           "--limit 3", "--lr 2e-2", "--targets qkv,fc,o_proj", "--form cloze", "--skip-closed 0.49", "--gate static"]
+
+
+def test_every_flag_changes_what_is_learnt(llama, tmp_path):
+    few = ["--max-steps", "3", "--warmup", "0", "--peft", "hira", "--tasks", "piqa,boolq", "--validation", "2"]
+    run(tmp_path / "plain", llama, *few, "--gate", "token")
+    plain = adapter(tmp_path / "plain")
+    for number, change in enumerate(CHANGES):
+        run(tmp_path / str(number), llama, *few, *([] if "--gate " in change else ["--gate", "token"]), *change.split())
+        changed = adapter(tmp_path / str(number))
+        assert set(changed) != set(plain) or not all(torch.equal(plain[name], t) for name, t in changed.items()), change
+
+
+def test_checkpointing_is_switched_on(llama, tmp_path, monkeypatch):
+    import model
+    calls, checkpoint = [], model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    run(tmp_path / "run", llama, "--checkpointing", "--max-steps", "3")
+    assert len(calls) == 3 * 2  # steps, blocks
+
+
+def test_no_held_out_record_is_trained_on(llama):
+    c = train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "9"])
+    training, held_out, _ = train.load_data(c)
+    key = lambda record: json.dumps(record, sort_keys=True)  # noqa: E731
+    assert len(held_out) == 9 and not set(map(key, training)) & set(map(key, held_out))
+    assert train.load_data(train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "9", "--seed", "5"]))[1] == held_out
+
+
+def test_twins_of_held_out_records_are_left_out(llama, tmp_path):
+    (tmp_path / "data" / "piqa").mkdir(parents=True)
+    text = (Path(SAMPLE) / "piqa" / "train.jsonl").read_text()
+    (tmp_path / "data" / "piqa" / "train.jsonl").write_text(text + text)
+    c = train.parse(["--init", str(llama), "--data", str(tmp_path / "data"), "--tasks", "piqa", "--validation", "2"])
+    training, held_out, _ = train.load_data(c)
+    assert not any(record in held_out for record in training)
+
+
+def test_mean_gates_tells_prompt_from_answer(llama):
+    model = Transformer.from_pretrained(llama)
+    inject_adapters(model, AdapterConfig(r=4))
+    model(torch.arange(6)[None])
+    is_answer = torch.tensor([[False, False, False, True, True, True]])
+    for layer in gated_layers(model).values():
+        layer.gate_logit = torch.where(is_answer, 100.0, -100.0)[..., None]
+    assert train.mean_gates(model, is_answer) == {"gate_prompt": 0.0, "gate_answer": 1.0}
+
+
+def test_a_run_does_not_touch_what_is_not_a_run(llama, tmp_path):
+    before = (llama / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds other things than a run"):
+        run(llama, llama)
+    assert (llama / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow
