@@ -148,7 +148,7 @@ class GatedLinear(nn.Module):
         if self.method == "dora":
             squared = self.weight.detach().to(options["dtype"]).square().sum(1)                  # (out,)
             self.register_buffer("weight_norm_squared", squared, persistent=False)
-            self.m = nn.Parameter(self.row_norm())                                               # (out,)
+            self.m = nn.Parameter(squared.sqrt())                # (out,) n itself while B = 0, so that m/n is exactly 1
         if self.gate == "token":
             self.w_g = nn.Parameter(torch.zeros(in_features, **options))
         if self.gate != "none":
