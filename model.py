@@ -605,8 +605,12 @@ def llama_fields(config: TransformerConfig, source: Path) -> dict:
             "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
 
 
-@functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def open_gguf(path: Path):
+    return parse_gguf(path, path.stat().st_mtime_ns)  # a file that was written anew is read anew
+
+
+@functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
+def parse_gguf(path: Path, modified: int):
     from gguf import GGUFReader  # only those who use a .gguf pay for the import
     try:
         return GGUFReader(path)
@@ -724,6 +728,8 @@ def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file
         merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
     except KeyError as error:
         raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{file}: two tokens of its vocabulary have the same id")
     if merged != sorted(merged):
         raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
     return ranks
