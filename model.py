@@ -16,13 +16,12 @@ Order of this file: config, the transformer, generation, pretrained weights, tok
 Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary;
 N tokens of a packed row, D documents in it.
 """
-import functools
 import json
 import math
 import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -566,8 +565,7 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
     if getattr(model, "adapter_config", None) is not None:
         raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
     if directory.resolve() == source.resolve() or directory.is_file():
-        what = "a file" if directory.is_file() else "the base model itself"
-        raise UserError(f"{directory}: cannot write here, it is {what}")
+        raise UserError(f"{directory}: cannot write a model here, it is {'a file' if directory.is_file() else 'the base'}")
     directory.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".gguf":
         raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
@@ -606,11 +604,11 @@ def llama_fields(config: TransformerConfig, source: Path) -> dict:
 
 
 def open_gguf(path: Path):
-    return parse_gguf(path, path.stat().st_mtime_ns)  # a file that was written anew is read anew
+    return _open_gguf(path, path.stat().st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
-def parse_gguf(path: Path, modified: int):
+@lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
+def _open_gguf(path: Path, changed: int):
     from gguf import GGUFReader  # only those who use a .gguf pay for the import
     try:
         return GGUFReader(path)
@@ -800,10 +798,10 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     NORMAL = 1
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
-    vocabulary, merges = {token: i for i, token in enumerate(tokens)}, get("tokenizer.ggml.merges")
-    ranks = byte_ranks(vocabulary, set(special), merges, file)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ranks = byte_ranks(vocabulary, set(special), get("tokenizer.ggml.merges"), file)
     add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
-    bos = get("tokenizer.ggml.bos_token_id", None) if add_bos else None
+    bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
     return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id", None), bos)
 
 

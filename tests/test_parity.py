@@ -433,7 +433,7 @@ def test_a_gguf_base_is_written_with_its_tokenizer(llama, theirs, tmp_path):
 def test_the_base_is_never_overwritten(llama, tmp_path):
     model, before = Transformer.from_pretrained(llama), (llama / "config.json").read_bytes()
     for place in (llama, llama / ".." / "llama", llama / "config.json"):
-        with pytest.raises(UserError, match="cannot write here"):
+        with pytest.raises(UserError, match="cannot write a model here"):
             save_pretrained(model, place, str(llama))
     assert (llama / "config.json").read_bytes() == before
 
