@@ -726,6 +726,8 @@ def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file
         merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
     except KeyError as error:
         raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{file}: two tokens of its vocabulary have the same id")
     if merged != sorted(merged):
         raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
     return ranks
