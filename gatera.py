@@ -102,7 +102,7 @@ class GatedHadamard(torch.autograd.Function):
         ctx.save_for_backward(x, W0, A, B, g)                           # g may be None, which it keeps as None
         # float16 has no numbers below 6e-8, where W0 ⊙ B A starts: lifted by a power of two, which costs no precision
         lift = ctx.lift = 64 if x.dtype == torch.float16 else 1
-        dense = W0 * ((B * lift).to(x.dtype) @ A.to(x.dtype))           # (out, in)
+        dense = ((B * lift).to(x.dtype) @ A.to(x.dtype)).mul_(W0)       # (out, in)
         y = x @ dense.t()                                               # (N, out)
         if g is not None:
             return y.mul_((g / lift).to(x.dtype))
@@ -113,7 +113,7 @@ class GatedHadamard(torch.autograd.Function):
     def backward(ctx, dy):                                              # in place only on what is ours: not on dy
         x, W0, A, B, g = ctx.saved_tensors
         a, b = A.to(x.dtype), (B * ctx.lift).to(x.dtype)
-        u = dy @ (W0 * (b @ a))                                         # (N, in)
+        u = dy @ (b @ a).mul_(W0)                                       # (N, in)
         if ctx.lift != 1:
             u = u.div_(ctx.lift)
         dg = None
@@ -174,54 +174,49 @@ class GatedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        rows, x = x.shape[:-1], x.reshape(-1, x.shape[-1])                      # (N, in)
         W0 = self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, W0, None if self.bias is None else self.bias.to(x.dtype))          # W0 x + b: (N, out)
         if not self.enabled:
             self.gate_logit = None
-            return F.linear(x, W0, bias)
+            return y.view(*rows, -1)
 
         # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
         g = None
         if self.gate == "token":
-            z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g                 # (..., 1)
+            z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g      # (N, 1)
         elif self.gate == "static":
-            z = self.b_g.expand(*x.shape[:-1], 1)
+            z = self.b_g.expand(len(x), 1)
         if self.gate != "none":
             g = torch.sigmoid(z)
             if not Recomputing.now:
-                self.gate_logit = z
+                self.gate_logit = z.view(*rows, 1)
 
         dropping = self.training and self.dropout > 0
         x_in = F.dropout(x, self.dropout) if dropping else x
         if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
-            flat, g = x_in.reshape(-1, x.shape[-1]), None if g is None else g.reshape(-1, 1)
             if self.dense is not None and not torch.is_grad_enabled():
-                delta = flat @ self.dense.t()
+                delta = x_in @ self.dense.t()
                 delta = delta if g is None else delta * g.to(x.dtype)
             elif g is not None and self.skip_closed > 0:
                 # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is
                 # lost of the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
                 opened = (g > self.skip_closed).flatten().nonzero().flatten()                # (P,)
-                part = GatedHadamard.apply(flat[opened], W0, self.A, self.B, g[opened])      # (P, out)
-                delta = part.new_zeros(len(flat), len(W0)).index_copy(0, opened, part)       # (N, out)
+                part = GatedHadamard.apply(x_in[opened], W0, self.A, self.B, g[opened])      # (P, out)
+                return y.index_add_(0, opened, part).view(*rows, -1)
             else:
-                delta = GatedHadamard.apply(flat, W0, self.A, self.B, g)
-            return F.linear(x, W0, bias) + delta.view(*x.shape[:-1], -1)
+                delta = GatedHadamard.apply(x_in, W0, self.A, self.B, g)
+            return (y + delta).view(*rows, -1)
 
-        low = self.scaling * F.linear(x_in, self.A.to(x.dtype))                 # (..., r)
-        if self.method == "lora":  # Delta(x) = s B A x; the gate scales r numbers before B, not many after it
-            low = low if g is None else low * g.to(x.dtype)
-            return F.linear(x, W0, bias) + F.linear(low, self.B.to(x.dtype))
-
-        # DoRA: Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x
-        ratio = self.m / self.row_norm()                                        # (out,)
-        y = F.linear(x, W0, bias)
-        if dropping:
-            W0x = F.linear(x_in, W0)
-        else:
-            W0x = y if bias is None else y - bias
-        delta = (ratio - 1).to(x.dtype) * W0x + ratio.to(x.dtype) * F.linear(low, self.B.to(x.dtype))
-        return y + (delta if g is None else g.to(x.dtype) * delta)
+        # LoRA: Delta(x) = s B A x. The gate scales r numbers before B, not many after it.
+        low, B = self.scaling * F.linear(x_in, self.A.to(x.dtype)), self.B      # (N, r), (out, r)
+        low = low if g is None else low * g.to(x.dtype)
+        if self.method == "dora":  # Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x, and m/n goes into B
+            ratio = self.m / self.row_norm()                                    # (out,)
+            B = ratio[:, None] * B
+            W0x = F.linear(x_in, W0) if dropping else y if self.bias is None else y - self.bias.to(x.dtype)
+            y = torch.addcmul(y, W0x if g is None else W0x * g.to(x.dtype), (ratio - 1).to(x.dtype))
+        return y.addmm(low, B.to(x.dtype).t()).view(*rows, -1)
 
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:

@@ -139,7 +139,7 @@ class Flow(NamedTuple):
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
     # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
     # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
-    lengths: list[int] | None   # of documents that lie end to end and share nothing, on a CPU; else the grid is used
+    lengths: torch.Tensor | None  # (D,) of documents that lie end to end and share nothing, on a CPU; else None
     grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
     slot: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
     cache: "KVCache | None"
@@ -182,9 +182,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 @torch.compiler.disable  # other lengths would be another graph for each batch
-def attend_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def attend_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """`attend` for each document of a packed row (1, N, heads, S) in turn: on a CPU, quicker than a padded grid."""
-    return torch.cat([attend(*document) for document in zip(*(z.split(lengths, dim=1) for z in (q, k, v)))], dim=1)
+    documents = zip(*(z.split(lengths.tolist(), dim=1) for z in (q, k, v)))
+    return torch.cat([attend(*document) for document in documents], dim=1)
 
 
 class Attention(nn.Module):
@@ -297,7 +298,7 @@ class Transformer(nn.Module):
             grid = torch.where(documents < 0, cells.view_as(documents) % T, documents)
             if documents.device.type == "cpu" and not torch.compiler.is_compiling():
                 end_to_end = torch.equal(documents[documents >= 0], torch.arange(T))
-                lengths = (documents >= 0).sum(1).tolist() if end_to_end else None
+                lengths = (documents >= 0).sum(1) if end_to_end else None
             if positions is None:
                 positions = (slot % documents.shape[1])[None]
         elif positions is None:
@@ -578,6 +579,18 @@ def hugging_face_name(name: str, config: TransformerConfig) -> str:
     return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
 
 
+def hugging_face_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights under Hugging Face's names and in its shapes; a tied head is there once, as the embedding."""
+    parts = {}  # GPT-2's c_attn has three
+    for name, tensor in model.named_parameters():
+        theirs = hugging_face_name(name, model.config)
+        if theirs.startswith("transformer.h.") and theirs.endswith(".weight") and (".attn." in theirs or ".mlp." in theirs):
+            tensor = tensor.t()  # Conv1D keeps (in, out)
+        parts.setdefault(theirs, []).append(tensor)
+    return {name: (torch.cat(several, -1) if len(several) > 1 else several[0]).contiguous()
+            for name, several in parts.items()}
+
+
 def save_pretrained(model: Transformer, directory, source: str) -> None:
     """Writes `model` to `directory` in Hugging Face layout: config.json, model.safetensors and tokenizer files.
 
@@ -598,14 +611,7 @@ def save_pretrained(model: Transformer, directory, source: str) -> None:
             new = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(old, old)
             if (source / old).exists():
                 shutil.copyfile(source / old, directory / new)
-    parts = {}  # GPT-2's c_attn has three
-    for name, tensor in model.named_parameters():  # a tied head is listed once, as embed.weight
-        theirs = hugging_face_name(name, model.config)
-        if raw["model_type"] == "gpt2" and theirs.endswith(".weight") and (".attn." in theirs or ".mlp." in theirs):
-            tensor = tensor.t()  # Conv1D keeps (in, out)
-        parts.setdefault(theirs, []).append(tensor.detach().cpu())
-    tensors = {name: (torch.cat(several, -1) if len(several) > 1 else several[0]).contiguous()
-               for name, several in parts.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in hugging_face_state(model).items()}
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     raw["tie_word_embeddings"] = "lm_head.weight" not in tensors

@@ -2,65 +2,78 @@
 
     python tests/bench.py                                      # LoRA, DoRA, HiRA, GateRA on SmolLM2-135M, CPU
     python tests/bench.py --method gatera --form label --records 64
-    python tests/bench.py --model llama-3-8b --device cuda --batch 16    # random bf16 weights of that shape
+    python tests/bench.py --device cuda --model llama-3-8b,gpt2-medium --form label --batch 16,64 [--compile]
+    python tests/bench.py --what growth                        # our step against tokens, rank and model size
+    python tests/bench.py --what parts                         # the gate, skipping, scoring, decoding, starting
 
 Both sides train on the same records in the same batches, with the same weights, rank, targets and AdamW; each is a
-process of its own, and they take turns, round after round. peft's side is the ordinary way: AutoModelForCausalLM,
+process of its own, and they take turns, batch by batch. peft's side is the ordinary way: AutoModelForCausalLM,
 get_peft_model, batches padded to the longest, labels of -100, the model's own loss. GateRA stands beside peft's ungated
-HiRA, as peft has no gates. A real token is a token that is not padding.
+HiRA, as peft has no gates. A real token is a token that is not padding. smollm2-135m and a path mean those weights; the
+name of another shape means random ones (bfloat16 on a GPU).
 
 The floor is the time that the method's needed products take at the matrix rate measured in the same run. In units of a
 product with W0: 2 for a frozen layer (forward, input gradient); LoRA and DoRA add 3 with A and with B; HiRA with its
-update as a branch is 5, and makes B A anew; the head counts where there is a target; attention is not counted.
+update as a branch is 5, and makes B A anew; the head counts where there is a target; attention is not counted. (HiRA
+without a gate could do with 3, by one product with W0 ⊙ (1 + B A): in float32 only, as bfloat16 rounds the update away.)
 """
 import argparse
+import contextlib
 import multiprocessing
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from data.commonsense import pack, training_question  # noqa: E402
-from data.prepare import load_records  # noqa: E402
-from gatera import AdapterConfig, GatedLinear, adapter_state, gate_entropy, inject_adapters  # noqa: E402
-from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, load_tokenizer  # noqa: E402
+from data.commonsense import pack, scoring_questions, to_text, training_question  # noqa: E402
+from data.prepare import TASKS, load_records  # noqa: E402
+from eval import log_likelihoods  # noqa: E402
+from gatera import (AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products,  # noqa: E402
+                    gate_entropy, gated_layers, inject_adapters)
+from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, hugging_face_state, load_tokenizer  # noqa: E402
 
 METHODS = {"lora": ("lora", "none"), "dora": ("dora", "none"), "hira": ("hira", "none"), "gatera": ("hira", "token"),
            "lora+gate": ("lora", "token"), "dora+gate": ("dora", "token")}
 LR = 1e-3
 
 
-def load_base(args, dtype):
-    """Pretrained weights of smollm2-135m or a path, on the CPU; random ones, on the device, for a named larger shape."""
+# ------------------------------------------------------------------------------------------- the two sides
+
+def load_base(args):
     if args.model == "smollm2-135m" or args.model not in CONFIGS:
-        return Transformer.from_pretrained(args.model, dtype=dtype, device=args.device)
+        return Transformer.from_pretrained(args.model, dtype=args.dtype, device=args.device)
     with torch.device("meta"):
         model = Transformer(TransformerConfig.from_name(args.model))
-    model = model.to(dtype).to_empty(device=args.device)
+    model = model.to(args.dtype).to_empty(device=args.device)
+    if model.config.tied_head:
+        model.head.weight = model.embed.weight
     torch.manual_seed(0)
     for name, p in model.named_parameters():
-        p.data.fill_(1.0) if "norm" in name else p.data.normal_(0, 0.02)
+        p.data.fill_(float(name.endswith("weight"))) if "norm" in name or p.dim() == 1 else p.data.normal_(0, 0.02)
     return model
 
 
 def batches(args):
     """[[Question]]: the same records in the same order on both sides."""
     tokenizer = load_tokenizer(args.model if args.model not in CONFIGS else "smollm2-135m")
-    questions = [training_question(r, args.form, tokenizer, 512) for r in load_records("ARC-Easy", "train")[:args.records]]
+    records = load_records("ARC-Easy", "train")[:args.records]
+    questions = [training_question(record, args.form, tokenizer, 512) for record in records]
     return [questions[i:i + args.batch] for i in range(0, len(questions), args.batch)]
 
 
-def our_side(args, method, dtype):
-    """A function of a batch that makes one training step."""
-    model = load_base(args, dtype)
-    kind, gate = METHODS[method]
+def our_side(args, method):
+    """(A function of a batch that makes one training step, its model.)"""
+    model = load_base(args).train()
     torch.manual_seed(0)
-    inject_adapters(model, AdapterConfig(kind, gate, r=args.r))
+    inject_adapters(model, AdapterConfig(*METHODS[method], r=args.r, **args.adapter))
     parameters = list(adapter_state(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0, fused=True)
     if args.compile:
@@ -68,52 +81,50 @@ def our_side(args, method, dtype):
 
     def step(questions):
         batch = pack(questions).to(args.device)
-        with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(args.device, dtype=args.dtype, enabled=args.dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents, select=batch.select)
             loss = F.cross_entropy(logits.float(), batch.targets) + 0.01 * gate_entropy(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    return step, model
 
 
-def their_side(args, method, dtype):
+def their_side(args, method):
     """The same with transformers and peft."""
     import peft
     import transformers
-    base = load_base(args, dtype)
+    transformers.logging.set_verbosity_error()
+    base = load_base(args)
     c = base.config
     if c.positions == "learned":
-        raise SystemExit("the comparison with peft covers Llama shapes")
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tied_head, max_position_embeddings=c.max_len, use_cache=False,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
-    names = {"embed": "embed_tokens", "norm": "norm", "attn_norm": "input_layernorm",
-             "mlp_norm": "post_attention_layernorm", "attn": "self_attn", "mlp": "mlp"}
-    state = {}
-    for name, tensor in base.named_parameters():
-        prefix, rest = "model.", name
-        if name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            prefix = f"model.layers.{layer}."
-        first, dot, rest = rest.partition(".")
-        state["lm_head.weight" if first == "head" else f"{prefix}{names[first]}{dot}{rest}"] = tensor
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+        config = transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head, n_inner=c.d_ff,
+            n_positions=c.max_len, layer_norm_epsilon=c.norm_eps, use_cache=False,
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)  # ours has none either
+        targets = ["c_attn", "c_fc", "mlp.c_proj"]            # one adapter for q, k and v: fewer parameters than ours
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+            rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied_head, max_position_embeddings=c.max_len,
+            use_cache=False, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta})
+        targets = list(AdapterConfig().targets)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=args.dtype)
+    state = hugging_face_state(base)
+    state.setdefault("lm_head.weight", base.embed.weight)
     model.load_state_dict(state, assign=True)  # the very same tensors: no second copy on their side either
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(args.device)
-    del base
+    if c.positions == "rotary":  # its speeds are no weights
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(args.device)
+    del base, state
     kind = METHODS[method][0]
-    targets = list(AdapterConfig().targets)
     if kind == "hira":
         adapter = peft.HiraConfig(r=args.r, target_modules=targets, task_type="CAUSAL_LM")
     else:
         adapter = peft.LoraConfig(r=args.r, lora_alpha=2 * args.r, use_dora=kind == "dora", target_modules=targets,
-                                  lora_dropout=0.0, task_type="CAUSAL_LM")
+                                  lora_dropout=0.0, task_type="CAUSAL_LM", fan_in_fan_out=c.positions == "learned")
     model = peft.get_peft_model(model, adapter)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0, fused=True)
@@ -125,44 +136,32 @@ def their_side(args, method, dtype):
         for i, q in enumerate(questions):
             labels[i, len(q.prompt):len(rows[i])] = rows[i][len(q.prompt):]
             mask[i, :len(rows[i])] = 1
-        with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids.to(args.device), attention_mask=mask.to(args.device), labels=labels.to(args.device)).loss
+        ids, labels, mask = (tensor.to(args.device) for tensor in (ids, labels, mask))
+        with torch.autocast(args.device, dtype=args.dtype, enabled=args.dtype != torch.float32):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return step
+    return step, model
 
 
-def memory(args) -> float:
-    """Peak so far, GiB."""
-    if args.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+# ----------------------------------------------------------------------------------------------- the floor
+
+def config_of(args) -> TransformerConfig:
+    return TransformerConfig.from_name(args.model) if args.model in CONFIGS else load_base(args).config
 
 
-def worker(pipe, side, args, method):
-    """Answers each "go" with (seconds, peak GiB) of one pass over all batches."""
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    step, work = side(args, method, dtype), batches(args)
-    step(work[0])
-    pipe.send("ready")
-    while pipe.recv() == "go":
-        start = time.perf_counter()
-        for questions in work:
-            step(questions)
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - start, memory(args)))
+def real_tokens(questions) -> int:
+    return sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions)
 
 
-def needed_operations(args, method, work) -> tuple[float, float]:
-    """(floating-point operations, real tokens) of one pass: products with weights and with A and B; no attention."""
-    config = TransformerConfig.from_name(args.model) if args.model in CONFIGS else load_base(args, torch.float32).config
+def needed_operations(args, method, work) -> float:
+    """Floating-point operations of one pass over `work`: products with weights and with A and B; no attention."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config_of(args))
         inject_adapters(model, AdapterConfig(*METHODS[method], r=args.r))
     hira = METHODS[method][0] == "hira"
-    tokens = sum(len(q.prompt) + len(q.answers[0]) - 1 for batch in work for q in batch)
+    tokens = sum(map(real_tokens, work))
     targets = sum(len(q.answers[0]) for batch in work for q in batch)
     total = targets * 2 * model.head.weight.numel()
     for name, layer in model.named_modules():
@@ -172,76 +171,233 @@ def needed_operations(args, method, work) -> tuple[float, float]:
             total += 4 * len(work) * args.r * layer.weight.numel() if hira else tokens * 3 * args.r * sum(layer.weight.shape)
         elif isinstance(layer, torch.nn.Linear) and name != "head":
             total += tokens * 2 * layer.weight.numel()
-    return 2.0 * total, tokens
+    return 2.0 * total
 
 
-def matrix_rate(args, work) -> float:
-    """Operations a second of x @ W.T for the MLP's shape and a typical number of tokens."""
-    config = TransformerConfig.from_name(args.model) if args.model in CONFIGS else load_base(args, torch.float32).config
-    tokens = sum(len(q.prompt) + len(q.answers[0]) - 1 for q in work[0])
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    x = torch.randn(tokens, config.d_model, device=args.device, dtype=dtype)
-    W = torch.randn(config.d_ff, config.d_model, device=args.device, dtype=dtype)
+def synchronize(args):
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matrix_rate(args, questions) -> float:
+    """Operations a second of x @ W.T, with the MLP's W and the tokens of a batch."""
+    config = config_of(args)
+    x = torch.randn(real_tokens(questions), config.d_model, device=args.device, dtype=args.dtype)
+    W = torch.randn(config.d_ff, config.d_model, device=args.device, dtype=args.dtype)
     rates = []
-    for _ in range(30):
+    for _ in range(8):
         start = time.perf_counter()
         for _ in range(10):
             x @ W.t()
-        if args.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        synchronize(args)
         rates.append(20 * x.numel() * len(W) / (time.perf_counter() - start))
     return statistics.median(rates)
 
 
-def bench(args, method):
-    sides = {"ours": our_side}
+# ------------------------------------------------------------------------------------- training, in turn
+
+def worker(pipe, side, args, method):
+    """Answers the number of a batch with (seconds of a step on it, peak GiB so far)."""
+    step, work = side(args, method)[0], batches(args)
+    for questions in work[:4]:  # warm up; --compile sees several lengths
+        step(questions)
+    synchronize(args)
+    pipe.send("ready")
+    while (number := pipe.recv()) is not None:
+        start = time.perf_counter()
+        step(work[number])
+        synchronize(args)
+        seconds = time.perf_counter() - start
+        if args.device.startswith("cuda"):
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send((seconds, peak / 2**30))
+
+
+def with_peft() -> bool:
     try:
         import peft  # noqa: F401
         import transformers  # noqa: F401
-        sides["peft"] = their_side
     except ImportError:
-        pass
+        return False
+    return True
+
+
+def training(args, method):
+    sides = {"ours": our_side} | ({"peft": their_side} if with_peft() and not args.alone else {})
     context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
     for name, side in sides.items():
         pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=worker, args=(theirs, side, args, method), daemon=True))
         processes[-1].start()
-        assert pipes[name].recv() == "ready"
+        theirs.close()
+        pipes[name].recv()
     work = batches(args)
-    operations, tokens = needed_operations(args, method, work)
+    tokens, operations = sum(map(real_tokens, work)), needed_operations(args, method, work)
     speeds, peaks, rates = {name: [] for name in sides}, {}, []
     for _ in range(args.rounds):
-        rates.append(matrix_rate(args, work))
-        for name, pipe in pipes.items():
-            pipe.send("go")
-            seconds, peaks[name] = pipe.recv()
-            speeds[name].append(tokens / seconds)
+        seconds = dict.fromkeys(sides, 0.0)
+        for number, questions in enumerate(work):
+            rates.append(matrix_rate(args, questions))
+            for name, pipe in pipes.items():
+                pipe.send(number)
+                took, peaks[name] = pipe.recv()
+                seconds[name] += took
+        for name in sides:
+            speeds[name].append(tokens / seconds[name])
     for pipe, process in zip(pipes.values(), processes):
-        pipe.send("stop")
+        pipe.send(None)
         process.join()
     median = {name: statistics.median(values) for name, values in speeds.items()}
     floor = tokens / (operations / statistics.median(rates))
     show = lambda name: f"{median[name]:,.0f} ({min(speeds[name]):,.0f}-{max(speeds[name]):,.0f})" if name in median else "-"  # noqa: E731
     ratio = lambda a, b: f"{a / b:.2f}" if b else "-"  # noqa: E731
-    print(f"| {method} | {show('ours')} | {show('peft')} | {ratio(median['ours'], median.get('peft'))} | {peaks['ours']:.2f} | "
-          f"{peaks.get('peft', 0):.2f} | {ratio(peaks['ours'], peaks.get('peft'))} | {floor:,.0f} | {floor / median['ours']:.2f} |", flush=True)
+    print(f"| {method} | {show('ours')} | {show('peft')} | {ratio(median['ours'], median.get('peft'))} | "
+          f"{peaks['ours']:.2f} | {peaks.get('peft', 0):.2f} | {ratio(peaks['ours'], peaks.get('peft'))} | "
+          f"{floor:,.0f} | {floor / median['ours']:.2f} |", flush=True)
+
+
+# --------------------------------------------------------------------------- the rest, each in this process
+
+def in_turn(args, *functions) -> list[float]:
+    """Median seconds of each function, the first against the others in turn."""
+    times = [[] for _ in functions]
+    for number in range(args.rounds + 1):
+        for taken, function in zip(times, functions):
+            start = time.perf_counter()
+            function()
+            synchronize(args)
+            if number:  # the first is a warm-up
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def variant(args, **changes):
+    return argparse.Namespace(**(vars(args) | changes))
+
+
+def growth(args):
+    """Our step (the first of --method) against what it should be linear in."""
+    method = args.method.split(",")[0]
+    print(f"| {method}: what grows | point | tokens | seconds a step | floor / ours |\n|---|---|---|---|---|")
+    points = [("tokens", dict(batch=b)) for b in (4, 16, 64)] + [("rank", dict(r=r)) for r in (8, 32, 128)]
+    points += [("model", dict(model=m)) for m in ("gpt2", "gpt2-medium")]
+    for what, changes in points:
+        these = variant(args, **changes)
+        step, work = our_side(these, method)[0], batches(these)[:1]
+        (seconds,) = in_turn(these, lambda: step(work[0]))
+        floor = needed_operations(these, method, work) / matrix_rate(these, work[0])
+        print(f"| {what} | {', '.join(f'{k} {v}' for k, v in changes.items())} | {real_tokens(work[0])} | {seconds:.2f} | "
+              f"{seconds / floor:.2f} |", flush=True)
+        del step
+
+
+def open_a_fifth(model, batch):
+    """Gives every gate a random direction and the b_g that leaves a fifth of this batch's tokens open."""
+    torch.manual_seed(0)
+    for layer in gated_layers(model).values():
+        layer.w_g.data.normal_()
+    with torch.no_grad():  # B is zero: opening a gate changes nothing for the layers behind it
+        model(batch.ids, documents=batch.documents, select=batch.select)
+        for layer in gated_layers(model).values():
+            layer.b_g -= layer.gate_logit.quantile(0.8)
+
+
+def parts(args):
+    work = batches(args)[0]
+    row = lambda name, value, against: print(f"| {name} | {value} | {against} |", flush=True)  # noqa: E731
+    print("| what | measured | against |\n|---|---|---|")
+
+    steps = {}
+    for method in ("lora", "lora+gate", "hira", "gatera"):
+        steps[method] = our_side(args, method)[0]
+    for plain, gated in (("lora", "lora+gate"), ("hira", "gatera")):
+        a, b = in_turn(args, lambda: steps[plain](work), lambda: steps[gated](work))
+        row(f"token gate on {plain}", f"{100 * (b / a - 1):+.1f} %", f"a step without it, {a:.2f} s")
+    skipping, model = our_side(variant(args, adapter=dict(skip_closed=0.5)), "gatera")
+    open_a_fifth(model, pack(work).to(args.device))
+    open_share = torch.cat([g.flatten() for g in open_shares(model)]).float().mean().item()
+    base = [steps["lora"], steps["gatera"], skipping]
+    a, b, c = in_turn(args, *(lambda step=step: step(work) for step in base))
+    row(f"gatera --skip-closed, {100 * open_share:.0f} % of gates open", f"{c / a:.2f} x ({b / a:.2f} x without skipping)",
+        f"a LoRA step, {a:.2f} s")
+    del steps, base, skipping
+
+    tokenizer, model = load_tokenizer("smollm2-135m"), load_base(args).eval()
+    inject_adapters(model, AdapterConfig("hira", "token", r=args.r))
+    records = load_records("ARC-Easy", "test")[:24]
+    questions = [q for r in records for q in scoring_questions(r, args.form, tokenizer, 512)]
+    pairs = [(tokenizer.encode(p), tokenizer.encode(a)) for r in records for p, a in to_text(r, args.form)]
+
+    @torch.no_grad()
+    def plain_loop():
+        return [model(torch.tensor([p + a], device=args.device))[0, len(p) - 1:-1].float().log_softmax(-1)[range(len(a)), a]
+                .sum().item() for p, a in pairs]
+    flat = [score for scores in log_likelihoods(model, questions) for score in scores]
+    worst = max(abs(a - b) for a, b in zip(flat, plain_loop()))
+    a, b = in_turn(args, plain_loop, lambda: log_likelihoods(model, questions))
+    row(f"scoring {len(records)} questions ({args.form})", f"{a / b:.2f} x quicker, scores within {worst:.0e}",
+        f"one forward a choice, {a:.1f} s")
+
+    prompt = [questions[0].prompt]
+    def base_decoding():
+        with adapters_off(model):
+            model.generate(prompt, 32)
+    def decoding(cached=cached_products):
+        with cached(model):
+            model.generate(prompt, 32)
+    a, b, c = in_turn(args, base_decoding, decoding, lambda: decoding(lambda model: contextlib.nullcontext()))
+    row("gatera decoding 32 tokens, products cached", f"{b / a:.2f} x ({c / a:.2f} x without)", f"the base, {a:.2f} s")
+
+    start, n = time.perf_counter(), 0
+    for task in TASKS:
+        for record in load_records(task, "train"):
+            n += len(training_question(record, "label", tokenizer, 512).prompt)
+    took = time.perf_counter() - start
+    row("reading and tokenising the training sets", f"{took:.0f} s, {n:,} prompt tokens", "one process")
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        run = subprocess.Popen([sys.executable, ROOT / "train.py", "--preset", "quickstart", "--out", f"{out}/run"],
+                               stdout=subprocess.PIPE, text=True)
+        next(line for line in run.stdout if line.startswith("step"))
+        took = time.perf_counter() - start
+        run.kill()
+        run.wait()
+    row("train.py --preset quickstart, all cached", f"{took:.1f} s", "to the end of its first step")
+
+
+def open_shares(model):
+    return [layer.gate_logit.detach() > 0 for layer in gated_layers(model).values()]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", default="training", choices=("training", "growth", "parts"))
     parser.add_argument("--method", default="lora,dora,hira,gatera", help=f"some of {', '.join(METHODS)}, with commas between")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default="smollm2-135m", help="models, with commas between")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--form", default="cloze", choices=("cloze", "label"))
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--form", default="cloze", help="cloze, label, or both with a comma between")
+    parser.add_argument("--batch", default="16", help="records a step; several with commas between")
     parser.add_argument("--records", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--compile", action="store_true", help="our side compiled")
+    parser.add_argument("--alone", action="store_true", help="our side only")
     options = parser.parse_args()
-    print(f"{options.model}, r {options.r}, {options.form} form, batches of {options.batch} of the first {options.records} "
-          f"ARC-Easy training records, {options.device}, torch {torch.__version__}, {options.rounds} rounds: median (range)\n")
-    print("| method | real tokens/s | peft's | ratio | peak GiB | peft's | ratio | floor, tokens/s | floor / ours |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for chosen in options.method.split(","):
-        bench(options, chosen)
+    options.dtype, options.adapter = torch.bfloat16 if options.device.startswith("cuda") else torch.float32, {}
+    for model_name in options.model.split(","):
+        for form in options.form.split(","):
+            for batch_size in map(int, options.batch.split(",")):
+                chosen = variant(options, model=model_name, form=form, batch=batch_size)
+                print(f"{model_name}, r {chosen.r}, {form} form, batches of {batch_size} of the first {chosen.records} "
+                      f"ARC-Easy training records, {chosen.device}, {chosen.dtype}, torch {torch.__version__}"
+                      f"{', compiled' if chosen.compile else ''}, {chosen.rounds} rounds: median (range)\n", flush=True)
+                if chosen.what != "training":
+                    {"growth": growth, "parts": parts}[chosen.what](chosen)
+                    continue
+                print("| method | real tokens/s | peft's | ratio | peak GiB | peft's | ratio | floor, tokens/s | floor / ours |")
+                print("|---|---|---|---|---|---|---|---|---|", flush=True)
+                for name in chosen.method.split(","):
+                    training(chosen, name)
+                print()

@@ -1,5 +1,6 @@
 """The transformer against Hugging Face's, against itself (packed, cached, selected), and its loading."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from conftest import VOCAB, write_gpt2, write_llama
 from data.commonsense import Question, pack
 from data.download import UserError
-from model import SPLIT, Transformer, TransformerConfig, byte_symbols, load_tokenizer
+from model import SPLIT, Transformer, TransformerConfig, byte_symbols, compile_blocks, load_tokenizer
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=16)
@@ -76,6 +77,43 @@ def test_a_packed_row_equals_a_padded_batch(llama):
     parameters = list(model.parameters())
     for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_attention_by_document_equals_the_grid(family, request, monkeypatch):
+    """Documents end to end are attended one by one on a CPU; a GPU, a compiled model and shared prompts use the grid."""
+    import model as module
+    calls, by_document = [], module.attend_by_document
+    monkeypatch.setattr(module, "attend_by_document", lambda *a: calls.append(a[3].tolist()) or by_document(*a))
+    model = Transformer.from_pretrained(request.getfixturevalue(family), dtype=torch.float64)
+    ids, documents = torch.randint(0, VOCAB, (1, 9)), torch.tensor([[0, 1, 2, 3], [4, -1, -1, -1], [5, 6, 7, 8]])
+    one_by_one = model(ids, documents=documents)
+    assert calls == [[4, 1, 4]] * model.config.n_layer
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(model(ids, documents=documents), one_by_one, rtol=0, atol=1e-12)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "attend_by_document", None)  # not for shared prompts, nor for another order
+    for other in (torch.tensor([[0, 1, 2], [0, 1, 3]]), torch.tensor([[2, 3], [0, 1]])):
+        model(ids[:, :4], documents=other)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_share_one_graph_and_follow_new_lengths(llama):
+    torch._dynamo.reset()
+    models = [Transformer.from_pretrained(llama) for _ in range(2)]
+    compile_blocks(models[1])
+
+    def losses(sizes):
+        ids, starts = torch.arange(sum(sizes))[None] % VOCAB, [sum(sizes[:i]) for i in range(len(sizes))]
+        documents = torch.nn.utils.rnn.pad_sequence(
+            [torch.arange(n) + start for n, start in zip(sizes, starts)], batch_first=True, padding_value=-1)
+        return [model(ids, documents=documents) for model in models]
+    for sizes in ([13, 6], [7, 12, 4]):
+        torch.testing.assert_close(*losses(sizes), rtol=1e-5, atol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):  # neither other lengths nor another block is a new graph
+        for sizes in ([4, 14, 9], [21, 2], [5, 6, 7, 15]):
+            torch.testing.assert_close(*losses(sizes), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
