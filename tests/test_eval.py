@@ -9,7 +9,7 @@ import eval as evaluation
 from conftest import write_llama
 from data.commonsense import scoring_questions, to_text
 from data.download import UserError
-from data.prepare import TASKS, load_records
+from data.prepare import TASKS, count_repeated, hold_out, load_records
 from gatera import AdapterConfig, adapter_state, inject_adapters, save_adapter
 from model import Transformer, load_tokenizer
 
@@ -108,3 +108,21 @@ def test_a_model_of_another_shape_is_named(llama, tmp_path):
     other = write_llama(tmp_path / "wide", d=64)
     with pytest.raises(UserError, match="does not fit this base model"):
         evaluation.main(["--init", str(other), "--run", str(tmp_path / "adapter"), "--data", str(SAMPLE)])
+
+
+# ------------------------------------------------------------------------------------------------- splits
+
+def test_the_val_slice_is_the_same_for_everybody_and_has_no_twin_in_training():
+    records = [{"task": "piqa", "question": str(i % 3000)} for i in range(5000)]  # 2,000 of them twice
+    training, val = hold_out(records)
+    assert len(val) == 200 and hold_out(records) == (training, val)
+    assert not {r["question"] for r in training} & {r["question"] for r in val}
+    assert {r["question"] for r in training + val} == {r["question"] for r in records}
+    assert len(training) == sum(record not in val for record in records)
+    assert [len(hold_out(records[:n])[1]) for n in (1, 6, 10, 11, 1999, 3000)] == [1, 1, 1, 2, 200, 200]
+    assert count_repeated(records) == 2000 and count_repeated(records[:3000]) == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_val_records_come_from_the_training_set(task):
+    assert load_records(task, "val", out=SAMPLE) == hold_out(load_records(task, "train", out=SAMPLE))[1]
