@@ -257,9 +257,9 @@ def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) ->
 # --------------------------------------------------------------------------------------------- comparing
 
 # What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
-SHARED_SETTINGS = ("init", "tasks", "data", "form", "limit", "max_len", "batch", "steps", "validation", "seed")
-UNIMPORTANT = ("preset", "out", "eval_every", "log_every", "test", "device", "compile", "checkpointing", "micro_batch",
-               "epochs", "max_steps")
+SHARED_SETTINGS = ("base", "tasks", "data", "form", "limit", "max_len", "batch", "steps", "validation", "seed")
+UNIMPORTANT = ("preset", "out", "init", "eval_every", "log_every", "test", "device", "compile", "checkpointing",
+               "micro_batch", "epochs", "max_steps")
 
 
 def find_results(place: str, args) -> Path:
@@ -293,11 +293,12 @@ def load_results(place: str, args) -> tuple[dict, dict[str, list[float]]]:
 
 def setting_differences(groups: list[list[dict]]) -> tuple[list[str], list[str]]:
     """(settings that differ and should not, settings that are compared), each as "name: first / second / ..."."""
-    settings = [[summary["settings"] or {} for summary in group] for group in groups]
+    settings = [[{"base": summary["configuration"]["base_sha256"][:8], **(summary["settings"] or {})}
+                 for summary in group] for group in groups]
     names = sorted({name for group in settings for s in group for name in s} - set(UNIMPORTANT))
     wrong, compared = [], []
     for name in names:
-        values = [sorted({str(s.get(name)) for s in group}) for group in settings]
+        values = [several for group in settings if (several := sorted({str(s[name]) for s in group if name in s}))]
         text = f"{name}: " + " / ".join(", ".join(several) for several in values)
         mixed = name != "seed" and any(len(several) > 1 for several in values)  # within what should be one method
         if mixed or name in SHARED_SETTINGS and any(several != values[0] for several in values):
@@ -307,12 +308,12 @@ def setting_differences(groups: list[list[dict]]) -> tuple[list[str], list[str]]
     return wrong, compared
 
 
-def bootstrap(difference: np.ndarray, times: int = 10_000) -> np.ndarray:
+def bootstrap(difference: np.ndarray, rng: np.random.Generator, times: int = 10_000) -> np.ndarray:
     """Means of `times` resamples of a task's paired differences, in percent. A resample of n questions counts how often
     each distinct value comes up, which is one multinomial draw."""
     values, counts = np.unique(difference, return_counts=True)
     n = len(difference)
-    return 100 * np.random.default_rng(0).multinomial(n, counts / n, size=times) @ values / n
+    return 100 * rng.multinomial(n, counts / n, size=times) @ values / n
 
 
 def mcnemar(difference: np.ndarray) -> float:
@@ -325,7 +326,8 @@ def mcnemar(difference: np.ndarray) -> float:
 
 def compare(places: list[str], args) -> dict:
     """Prints and returns one table: accuracies of each run (or of the mean over a method's seeds), and its differences
-    to the first, paired by question, with 95 % bootstrap intervals. p is McNemar's, where both are single runs."""
+    to the first, paired by question, with 95 % bootstrap intervals over questions. p is McNemar's, where both are
+    single runs; in the last row it is over the questions of all tasks together."""
     groups = [[load_results(place, args) for place in group.split(",")] for group in places]
     summaries = [[summary for summary, _ in group] for group in groups]
     flat = [summary for group in summaries for summary in group]
@@ -353,7 +355,8 @@ def compare(places: list[str], args) -> dict:
     for number, (group, mine) in enumerate(zip(accuracy, paired)):
         seeds = [run | {"mean": np.mean(list(run.values()))} for run in group]
         difference = {task: mine[task] - paired[0][task] for task in tasks}
-        draws = {task: bootstrap(difference[task]) for task in tasks}
+        rng = np.random.default_rng(0)
+        draws = {task: bootstrap(difference[task], rng) for task in tasks}
         draws["mean"] = np.mean(list(draws.values()), axis=0)
         difference_all = np.concatenate(list(difference.values()))
         for task in rows:
@@ -544,7 +547,8 @@ def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> l
 
 def read_metrics(run: str | None) -> list[dict]:
     file = Path(run or "") / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if run and file.is_file() else []
+    lines = file.read_text().split("\n")[:-1] if run and file.is_file() else []  # a last line cut short has no end
+    return [json.loads(line) for line in lines]
 
 
 def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
@@ -812,7 +816,7 @@ def main(argv: list[str] | None = None) -> dict:
                      "beams": args.beams if protocol == "generate" else None, "dtype": str(dtype),
                      "torch": torch.__version__}
     earlier = earlier_predictions(out, configuration, data)
-    before = read_json(out / "results.json") if earlier or (out / "results.json").exists() else {}
+    before = read_json(out / "results.json") if (out / "results.json").exists() else {}
     summary = {"configuration": configuration, "adapter": str(adapter) if adapter else None,
                "settings": run | {"steps": facts["steps"]} if "steps" in facts else run or None,
                "python": platform.python_version(), "device": str(device), "data": before.get("data", {}) | data,

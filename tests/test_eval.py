@@ -156,7 +156,8 @@ def test_a_long_prompt_is_cut_and_counted(llama):
     model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
     record = {"task": "piqa", "question": "very " * 300 + "long?", "choices": ["yes it is", "no"], "label": 0}
     for protocol in evaluation.PROTOCOLS:
-        result = evaluation.evaluate(model, tokenizer, [record, record | {"question": "Short?"}], protocol, 512, beams=2)
+        records = [record, record | {"question": "Short?"}]
+        result = evaluation.evaluate(model, tokenizer, records, protocol, 512, beams=2)
         assert result["cut"] == 1 and result["n"] == 2, protocol
 
 
@@ -247,7 +248,7 @@ def test_what_does_not_parse_is_wrong_and_counted(llama, monkeypatch):
     model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
     records = [r | {"label": 0} for r in load_records("piqa", "test", out=SAMPLE)[:3]]
     texts = iter(["the correct answer is solution1", "I cannot say", "solution2"])
-    monkeypatch.setattr(Transformer, "beam_search", lambda self, prompts, *a: [tokenizer.encode(next(texts)) for _ in prompts])
+    monkeypatch.setattr(Transformer, "beam_search", lambda self, prompts, *rest: [tokenizer.encode(next(texts))])
     result = evaluation.evaluate(model, tokenizer, records, "generate", chunk=1)
     assert (result["acc"], result["unparsed"]) == (pytest.approx(100 / 3), 1)
     assert [p["prediction"] for p in result["predictions"]] == [0, None, 1]
@@ -379,9 +380,14 @@ def test_mcnemar_and_bootstrap_by_hand():
     d = np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 90)
     assert evaluation.mcnemar(d) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
     assert evaluation.mcnemar(np.zeros(5)) == 1 and evaluation.mcnemar(np.array([1.0, -1.0])) == 1
-    draws = evaluation.bootstrap(d)
+    draws = evaluation.bootstrap(d, np.random.default_rng(1))
     assert draws.mean() == pytest.approx(6, abs=0.2)
     assert draws.std() == pytest.approx(100 * d.std() / 10, rel=0.05)
+
+
+def accuracy_on(run, task):
+    predictions = [p for p in read_predictions(run / "eval" / "best-cloze") if p["task"] == task]
+    return 100 * np.mean([p["prediction_norm"] == p["label"] for p in predictions])
 
 
 def test_runs_are_compared_by_question(run, llama, tmp_path, capsys):
@@ -389,8 +395,7 @@ def test_runs_are_compared_by_question(run, llama, tmp_path, capsys):
     for directory in (run, other):
         program("--run", directory)
     result = program("--compare", run, other, "--out", tmp_path / "table")
-    hits = [[p["prediction_norm"] == p["label"] for p in read_predictions(d / "eval" / "best-cloze")] for d in (run, other)]
-    piqa = [100 * np.mean(h[:4]) for h in hits]
+    piqa = [accuracy_on(directory, "piqa") for directory in (run, other)]
     row = result["rows"]["piqa"]
     assert [cell["accuracy"] for cell in row] == piqa and row[1]["difference"] == piqa[1] - piqa[0]
     assert row[1]["interval"][0] <= row[1]["difference"] <= row[1]["interval"][1] and 0 < row[1]["p"] <= 1
@@ -405,10 +410,10 @@ def test_seeds_are_joined(llama, tmp_path):
             for name in ("a1", "a2", "b1", "b2")}
     for directory in runs.values():
         program("--run", directory)
-    result = program("--compare", f"{runs['a1']},{runs['a2']}", f"{runs['b1']},{runs['b2']}", "--out", tmp_path / "table")
+    groups = [f"{runs['a1']},{runs['a2']}", f"{runs['b1']},{runs['b2']}"]
+    result = program("--compare", *groups, "--out", tmp_path / "table")
     assert result["warnings"] == [] and result["compared"] == ["peft: lora / gatera"]
-    accuracy = [[100 * np.mean([p["prediction_norm"] == p["label"] for p in read_predictions(runs[a] / "eval" / "best-cloze")
-                                if p["task"] == "boolq"]) for a in pair] for pair in (("a1", "a2"), ("b1", "b2"))]
+    accuracy = [[accuracy_on(runs[name], "boolq") for name in pair] for pair in (("a1", "a2"), ("b1", "b2"))]
     first, second = result["rows"]["boolq"]
     assert first["accuracy"] == np.mean(accuracy[0]) and first["spread"] == pytest.approx(np.std(accuracy[0], ddof=1))
     assert second["difference"] == np.mean(accuracy[1]) - np.mean(accuracy[0]) and second["p"] is None
@@ -418,11 +423,12 @@ def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
     """100 questions of which the second run gets 20 more right, and the third the same."""
     for name, right in (("a", 40), ("b", 60), ("c", 40)):
         (tmp_path / name).mkdir()
-        configuration = {"protocol": "label", "split": "test", "beams": None, "limit": 0}
+        configuration = {"base_sha256": "b", "protocol": "label", "split": "test", "beams": None, "limit": 0}
         (tmp_path / name / "results.json").write_text(json.dumps({
             "configuration": configuration, "settings": None, "data": {"piqa": "x"}, "tasks": {"piqa": {}}}))
-        (tmp_path / name / "predictions.jsonl").write_text("".join(json.dumps(
-            {"task": "piqa", "index": i, "prediction": 0, "label": int(i >= right)}) + "\n" for i in reversed(range(100))))
+        predictions = [{"task": "piqa", "index": i, "prediction": 0, "label": int(i >= right)} for i in range(100)]
+        lines = "".join(json.dumps(prediction) + "\n" for prediction in reversed(predictions))
+        (tmp_path / name / "predictions.jsonl").write_text(lines)
     result = program("--compare", *(tmp_path / name for name in "abc"), "--out", tmp_path / "table")
     first, better, same = result["rows"]["mean"]
     assert (first["accuracy"], better["difference"], same["difference"]) == (40, 20, 0)
@@ -442,12 +448,25 @@ def test_what_cannot_be_paired_is_refused(flags, message, run, tmp_path):
         program("--compare", run, tmp_path / "other")
 
 
+def test_a_base_model_can_be_the_first(run, llama, tmp_path, capsys):
+    program("--run", run)
+    program("--init", llama, "--tasks", "boolq", "--out", tmp_path / "base")
+    result = program("--compare", tmp_path / "base", run, "--out", tmp_path / "table")
+    assert result["warnings"] == [] and list(result["rows"]) == ["boolq", "mean"]
+    printed = capsys.readouterr().out
+    assert "its training is unknown" in printed and "left out: piqa" in printed
+    other = write_llama(tmp_path / "wide", d=64)
+    program("--init", other, "--tasks", "boolq", "--out", tmp_path / "wide-base")
+    assert "base: " in program("--compare", tmp_path / "wide-base", run, "--out", tmp_path / "table")["warnings"][0]
+
+
 def test_several_results_of_a_run_are_named(run):
     program("--run", run, "--limit", 2)
     program("--run", run, "--limit", 2, "--protocol", "label")
     with pytest.raises(UserError, match="2 results there .best-cloze-2, best-label-2.; choose with --protocol"):
         program("--compare", run, run)
-    assert program("--compare", run, run, "--protocol", "label", "--out", run / "table")["rows"]["mean"][1]["difference"] == 0
+    result = program("--compare", run, run, "--protocol", "label", "--out", run / "table")
+    assert result["rows"]["mean"][1]["difference"] == 0
 
 
 # ----------------------------------------------------------------------------------------------- the gates
