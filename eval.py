@@ -132,7 +132,7 @@ def generate_answers(model, tokenizer, records: list[dict], max_len: int, beams:
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], protocol: str, max_len: int = 512,
-             quiet: bool = False, beams: int = 4, earlier: list[dict] = (), keep=None, chunk: int = 32) -> dict:
+             quiet: bool = False, beams: int = 4, earlier: list[dict] = (), keep=None, chunk: int = 64) -> dict:
     """Evaluates records of one task. Returns what `summarise` does, and "predictions": for each record its index,
     label, scores or generated text, and predicted index.
 
@@ -334,13 +334,14 @@ def compare(places: list[str], args) -> dict:
     for name in ("protocol", "split", "beams"):
         if len(values := {str(summary["configuration"][name]) for summary in flat}) > 1:
             raise UserError(f"these cannot be compared: their {name} is {' and '.join(sorted(values))}")
-    tasks = [task for task in flat[0]["tasks"] if all(task in summary["tasks"] for summary in flat)]
+    chosen = TASKS if args.tasks in (None, "all") else args.tasks.split(",")
+    tasks = [task for task in flat[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in flat)]
     if other := [task for task in tasks if len({summary["data"][task] for summary in flat}) > 1]:
         raise UserError(f"these cannot be paired: the questions of {', '.join(other)} differ; evaluate all with the "
                         "same --limit and --data")
     if not tasks:
         raise UserError("these have no task in common")
-    left_out = {task for summary in flat for task in summary["tasks"]} - set(tasks)
+    left_out = {task for summary in flat for task in summary["tasks"] if task in chosen} - set(tasks)
     wrong, compared = setting_differences(summaries)
     for names, start in ((wrong, "WARNING: what should be the same differs: "), (compared, "compared: "),
                          (sorted(left_out), "not evaluated for all, left out: ")):
@@ -380,13 +381,15 @@ def comparison_table(places: list[str], rows: dict[str, list[dict]], n: dict[str
         head += f" | {f'[{i}]':>13} {f'[{i}] - [1]':>9} {'95 % interval':>15} {'p':>7}"
     text.append(head)
     for task, cells in rows.items():
+        if task == "mean" and len(n) == 1:
+            continue
         line = f"{task:<14} {n.get(task, sum(n.values())):>6,}"
         for i, cell in enumerate(cells):
             spread = "" if cell["spread"] is None else f" ± {cell['spread']:.2f}"
             line += f" {'| ' if i else ''}{cell['accuracy']:>{13 - len(spread)}.2f}{spread}"
             if i:
                 low, high = cell["interval"]
-                p = "-" if cell["p"] is None else f"{cell['p']:.4f}"
+                p = "-" if cell["p"] is None else f"{cell['p']:.4f}" if cell["p"] >= 1e-4 else "<0.0001"
                 line += f" {cell['difference']:>+9.2f} {f'{low:+.2f} {high:+.2f}':>15} {p:>7}"
         text.append(line)
     return "\n".join(text)
@@ -420,14 +423,14 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
     """For each record its prompt and the answer that the model generates: {"task", "tokens", "prompt" (how many of the
-    tokens), "gates" (G, T)}."""
+    tokens), "cut" (how many the prompt lost), "gates" (G, T)}."""
     traces = []
     room = min(max_len, model.config.max_len - NEW_TOKENS)
     with cached_products(model):
         for record in tqdm(records, desc="reading and answering", unit="q", leave=False, disable=None):
-            prompt = scoring_questions(record, form, tokenizer, room)[0].prompt
+            prompt, _, cut = scoring_questions(record, form, tokenizer, room)[0]
             ids, gates = zip(*decode(model, prompt, NEW_TOKENS, tokenizer.eos))
-            traces.append({"task": record["task"], "tokens": token_texts(tokenizer, sum(ids, [])),
+            traces.append({"task": record["task"], "tokens": token_texts(tokenizer, sum(ids, [])), "cut": cut,
                            "prompt": len(prompt), "gates": torch.cat(gates, dim=1)})
     return traces
 
@@ -447,7 +450,7 @@ def gate_numbers(traces: list[dict], names: list[str]) -> dict:
     """What the gates do, in numbers: of prompt tokens (prefill) and of generated ones (decode), the mean gate over all,
     by projection and by layer, the shares near closed and near open, and the mean entropy in bits (at most 1)."""
     places = layer_and_projection(names)
-    numbers = {"questions": len(traces)}
+    numbers = {"questions": len(traces), "cut": sum(trace["cut"] > 0 for trace in traces)}
     for phase, g in by_phase(traces).items():
         if g.shape[1] == 0:
             numbers[phase] = {"tokens": 0}
@@ -600,6 +603,8 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
                       phase=phase, low=numbers[phase]["below_0.05"], high=numbers[phase]["above_0.95"],
                       each=", ".join(f"{k} {v:.2f}" for k, v in numbers[phase]["projections"].items()),
                       **numbers[phase]))
+    if numbers["cut"]:
+        print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")
     print(f"wrote {out}/results.json, {', '.join(files)}")
     return {"gates": numbers}
 
@@ -624,9 +629,12 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
     """eval.py --prompt: streams the answer with the adapter and then without, each token with its mean gate."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     first = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = (first + tokenizer.encode(prompt))[-max_len:]
-    if not ids:
+    ids = tokenizer.encode(prompt)
+    if not first + ids:
         raise UserError("--prompt: empty; expected a text")
+    if (cut := len(ids) + len(first) - max_len) > 0:
+        print(f"the prompt is longer than {max_len} tokens and lost its first {cut}")
+    ids = first + ids[max(0, cut):]
     gated = any(layer.gate != "none" for layer in gated_layers(model).values())
     if gated:
         print("mean gate: " + (" ".join(paint(f" {(i + 0.5) / len(RAMP):.1f} ", (i + 0.5) / len(RAMP), True)

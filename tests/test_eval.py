@@ -400,6 +400,8 @@ def test_runs_are_compared_by_question(run, llama, tmp_path, capsys):
     assert [cell["accuracy"] for cell in row] == piqa and row[1]["difference"] == piqa[1] - piqa[0]
     assert row[1]["interval"][0] <= row[1]["difference"] <= row[1]["interval"][1] and 0 < row[1]["p"] <= 1
     assert result["compared"] == ["lr: 0.01 / 0.02"] and result["warnings"] == ["seed: 0 / 3"]
+    one = program("--compare", run, other, "--tasks", "boolq", "--out", tmp_path / "one")
+    assert list(one["rows"]) == ["boolq", "mean"]
     assert (tmp_path / "table" / "losses.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "WARNING: what should be the same differs: seed: 0 / 3" in printed and "compared: lr: 0.01 / 0.02" in printed
@@ -486,7 +488,7 @@ def test_gates_while_decoding_equal_those_of_one_forward(llama):
 
 def test_gate_numbers_by_hand():
     names = ["blocks.0.attn.q_proj", "blocks.1.mlp.up_proj"]
-    traces = [{"prompt": 2, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
+    traces = [{"prompt": 2, "cut": 0, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
     numbers = evaluation.gate_numbers(traces, names)
     prompt, answer = numbers["prompt"], numbers["answer"]
     assert (prompt["tokens"], prompt["mean"], prompt["below_0.05"], prompt["entropy_bits"]) == (2, 0.25, 0.5, 0.5)
@@ -550,6 +552,8 @@ def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, 
     base = Transformer.from_pretrained(llama).generate([prompt], 32, tokenizer.eos)[0]
     with_adapter, without = answers.values()
     assert without == tokenizer.decode(base) != with_adapter
+    program("--run", run, "--prompt", "why? " * 300, "--max-len", "64")
+    assert "the prompt is longer than 32 tokens and lost its first" in capsys.readouterr().out
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     program("--run", run, "--prompt", "why")
