@@ -566,18 +566,17 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
         pick = lambda key: zip(*((line["step"], line[key]) for line in lines if key in line))  # noqa: E731
         loss.plot(*pick("loss"), color=f"C{i}", label=name, alpha=0.8)
         if any("validation_loss" in line for line in lines):
-            loss.plot(*pick("validation_loss"), f"C{i}o", label=f"{name}, validation")
+            loss.plot(*pick("validation_loss"), f"C{i}o")
         if any("gate_answer" in line for line in lines):
             steps, entropy = pick("entropy")
-            others[0].plot(steps, np.array(entropy) / math.log(2), color=f"C{i}", label=name)
-            others[1].plot(*pick("gate_prompt"), color=f"C{i}", label=f"{name}, prompt")
-            others[1].plot(*pick("gate_answer"), color=f"C{i}", linestyle="--", label=f"{name}, answer")
-    loss.set(ylabel="loss (nats a token)", xlabel="" if gated else "step")
+            others[0].plot(steps, np.array(entropy) / math.log(2), color=f"C{i}")
+            others[1].plot(*pick("gate_prompt"), color=f"C{i}")
+            others[1].plot(*pick("gate_answer"), color=f"C{i}", linestyle="--")
+    loss.set(ylabel="loss, nats a token\n(dots: validation)", xlabel="" if gated else "step")
+    loss.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     if gated:
-        others[0].set(ylabel="gate entropy (bits)", ylim=(0, 1.02))
-        others[1].set(ylabel="mean gate", ylim=(0, 1), xlabel="step")
-    for axis in axes[:, 0]:
-        axis.legend(fontsize=8)
+        others[0].set(ylabel="gate entropy, bits", ylim=(0, 1.02))
+        others[1].set(ylabel="mean gate (solid: on\nprompts, dashed: answers)", ylim=(0, 1), xlabel="step")
     save_figure(figure, path)
     return [path.name]
 
@@ -780,7 +779,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.compare:
         result, out = compare(args.compare, args), Path(args.out or "out/compare")
         runs = [place for group in args.compare for place in group.split(",")]
-        drawn = draw_training({Path(run).name: read_metrics(run) for run in runs}, out / "losses.png")
+        drawn = draw_training({run: read_metrics(run) for run in runs}, out / "losses.png")
         write_json(out / "compare.json", result)
         print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
         return result
