@@ -384,11 +384,11 @@ class Transformer(nn.Module):
                 cache.take(rows // beams)
             total = (sums.view(-1, 1) + log_p).view(P, beams * V)
             # 2 * beams: should `beams` of them end in stop, there are still as many to go on with
-            ranked = [zip(*(part.tolist() for part in row)) for row in zip(*total.topk(min(2 * beams, beams * V)))]
+            scores, indices = (best.tolist() for best in total.topk(min(2 * beams, beams * V)))   # (P, 2 * beams) each
             parents, tokens, kept = [], [], []
             for p in range(P):
                 open_texts = []                           # (sum of log p, row it continues, text)
-                for rank, (score, index) in enumerate(ranked[p]):
+                for rank, (score, index) in enumerate(zip(scores[p], indices[p])):
                     if score == -math.inf:
                         break
                     text = texts[p][index // V] + [index % V]
