@@ -126,7 +126,7 @@ def real_records(task, count):
 
 
 @pytest.mark.slow
-def test_smollm2s_scores_on_real_questions_equal_transformers(smollm, tmp_path, count=2):
+def test_smollm2s_scores_on_real_questions_equal_transformers(smollm, tmp_path, count=1):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
     ours, tokenizer = Transformer.from_pretrained(smollm), load_tokenizer(smollm)
     save_pretrained(ours, tmp_path / "hf", smollm)
