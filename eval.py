@@ -564,7 +564,7 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
     loss, *others = axes[:, 0]
     for i, (name, lines) in enumerate(runs.items()):
         pick = lambda key: zip(*((line["step"], line[key]) for line in lines if key in line))  # noqa: E731
-        loss.plot(*pick("loss"), color=f"C{i}", label=name, alpha=0.8)
+        loss.plot(*pick("loss"), color=f"C{i}", label=name[-50:], alpha=0.8)  # the end of a path tells most
         if any("validation_loss" in line for line in lines):
             loss.plot(*pick("validation_loss"), f"C{i}o")
         if any("gate_answer" in line for line in lines):
@@ -573,7 +573,7 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
             others[1].plot(*pick("gate_prompt"), color=f"C{i}")
             others[1].plot(*pick("gate_answer"), color=f"C{i}", linestyle="--")
     loss.set(ylabel="loss, nats a token\n(dots: validation)", xlabel="" if gated else "step")
-    loss.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    loss.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     if gated:
         others[0].set(ylabel="gate entropy, bits", ylim=(0, 1.02))
         others[1].set(ylabel="mean gate (solid: on\nprompts, dashed: answers)", ylim=(0, 1), xlabel="step")
