@@ -166,6 +166,16 @@ class KVCache:
             kept[self.rows, self.positions] = new.to(kept.dtype)
         return self.layers[layer]
 
+    def take(self, rows: torch.Tensor, start: int = 0):
+        """Row i goes on from what row rows[i] has seen; slots before `start` are the same in both."""
+        for layer in self.layers:
+            for i, kept in enumerate(layer):
+                if len(rows) == len(kept):
+                    kept[:, start:] = kept[rows, start:]
+                else:
+                    layer[i] = kept[rows]
+        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
+
 
 def make_norm(config: TransformerConfig) -> nn.Module:
     # layernorm: (x - mean) / sqrt(var + eps) * weight + bias        rmsnorm: x / sqrt(mean(x^2) + eps) * weight
@@ -338,22 +348,10 @@ class Transformer(nn.Module):
         `top_k` likeliest if given, by a `generator` of the model's device. Returns the new ids, without `stop`.
         Raises ValueError for an empty prompt, one that leaves no room, or settings out of range.
         """
-        if not prompts or not all(prompts):
-            raise ValueError("generate needs at least one prompt, each with at least one token")
-        if temperature < 0 or max_new_tokens < 0 or top_k is not None and top_k < 1:
-            raise ValueError(f"temperature {temperature}, max_new_tokens {max_new_tokens}, top_k {top_k}: out of range")
-        device, lengths = self.embed.weight.device, torch.tensor([len(p) for p in prompts])
-        total = int(lengths.max()) + max_new_tokens
-        if total > self.config.max_len:
-            raise ValueError(f"{int(lengths.max())} prompt and {max_new_tokens} new tokens exceed the context of "
-                             f"{self.config.max_len}")
-        # Rows are padded on the right. A pad's key sits in a slot that no real token sees until a generated
-        # token has overwritten it, so neither masks nor positions know of padding.
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
-        lengths = lengths.to(device)
-        cache = KVCache(self.config, len(prompts), total, self.blocks[0].attn.k_proj.weight.dtype, device)
-        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-        last = torch.arange(len(prompts), device=device) * ids.shape[1] + lengths - 1  # each prompt's last token
+        if temperature < 0 or top_k is not None and top_k < 1:
+            raise ValueError(f"temperature {temperature}, top_k {top_k}: out of range")
+        ids, lengths, last, positions, cache = self._start(prompts, max_new_tokens)
+        device = ids.device
         out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self(ids, positions=positions, cache=cache, select=last).float()  # (B, V)
@@ -373,6 +371,83 @@ class Transformer(nn.Module):
             last = torch.arange(len(prompts), device=device)
         rows = torch.stack(out, dim=1).tolist() if out else [[] for _ in prompts]
         return [row[:row.index(stop)] if stop in row else row for row in rows]
+
+    @torch.no_grad()
+    def beam_search(self, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
+                    beams: int = 4) -> list[list[int]]:
+        """Continues each prompt by the likeliest text that keeping the `beams` best at every step finds.
+
+        A step extends every open text by every token. Of the results, ranked by their sum of log p, those that end in
+        `stop` are finished if they are among the first `beams`; the first `beams` others stay open. Finished texts
+        compete by log p per token, `stop` counted. A prompt is done when it has `beams` of them and its best open text
+        is, per token so far, no better than the worst; what is open after the last step counts as finished. These are
+        the rules of transformers' generate(num_beams=beams), which the papers call. Arguments, result and errors as
+        in `generate`; every prompt is searched on its own, whatever it is batched with.
+        """
+        if beams < 1:
+            raise ValueError(f"beams {beams}: expected 1 or more")
+        ids, lengths, last, positions, cache = self._start(prompts, max_new_tokens)
+        P, V, shortest = len(prompts), self.config.vocab_size, int(lengths.min())
+        rows = torch.arange(P * beams, device=ids.device)
+        sums = torch.full((P, beams), -math.inf, device=ids.device)
+        sums[:, 0] = 0                                    # at first there is one open text, the empty one
+        texts = [[[]] * beams for _ in prompts]           # the open texts of each prompt, best first
+        finished = [[] for _ in prompts]                  # (log p per token, text), best first, at most `beams`
+        done = [False] * P
+        for step in range(max_new_tokens):
+            log_p = F.log_softmax(self(ids, positions=positions, cache=cache, select=last).float(), dim=-1)
+            if step == 0:                                 # the prompt was computed once; from here on, a row a text
+                log_p, lengths = log_p.repeat_interleave(beams, 0), lengths.repeat_interleave(beams)
+                cache.take(rows // beams)
+            total = (sums.view(-1, 1) + log_p).view(P, beams * V)
+            # 2 * beams: should `beams` of them end in stop, there are still as many to go on with
+            scores, indices = (best.tolist() for best in total.topk(min(2 * beams, beams * V)))   # (P, 2 * beams) each
+            parents, tokens, kept = [], [], []
+            for p in range(P):
+                open_texts = []                           # (sum of log p, row it continues, text)
+                for rank, (score, index) in enumerate(zip(scores[p], indices[p])):
+                    if score == -math.inf:
+                        break
+                    text = texts[p][index // V] + [index % V]
+                    if text[-1] != stop and step + 1 < max_new_tokens:
+                        open_texts.append((score, p * beams + index // V, text))
+                    elif rank < beams and not done[p]:
+                        finished[p].append((score / len(text), text))
+                finished[p] = sorted(finished[p], key=lambda pair: -pair[0])[:beams]
+                open_texts = (open_texts + [(-math.inf, p * beams, [0])] * beams)[:beams]  # fewer: small vocabularies
+                done[p] |= len(finished[p]) == beams and open_texts[0][0] / (step + 1) <= finished[p][-1][0]
+                texts[p] = [text for _, _, text in open_texts]
+                kept.append([score for score, _, _ in open_texts])
+                parents += [row for _, row, _ in open_texts]
+                tokens += [text[-1] for _, _, text in open_texts]
+            if all(done):
+                break
+            cache.take(torch.tensor(parents, device=ids.device), shortest)
+            sums = torch.tensor(kept, device=ids.device)
+            ids, positions, last = torch.tensor(tokens, device=ids.device)[:, None], (lengths + step)[:, None], rows
+        best = [pairs[0][1] if pairs else [] for pairs in finished]
+        return [text[:-1] if text[-1:] == [stop] else text for text in best]
+
+    def _start(self, prompts: list[list[int]], max_new_tokens: int):
+        """Prompts for the first step of a generation: padded ids (B, T), lengths (B,), the place of each prompt's last
+        token in the B * T, positions (B, T), and a cache with room for all that follows."""
+        if not prompts or not all(prompts):
+            raise ValueError("generation needs at least one prompt, each with at least one token")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: expected 0 or more")
+        device, lengths = self.embed.weight.device, torch.tensor([len(p) for p in prompts])
+        total = int(lengths.max()) + max_new_tokens
+        if total > self.config.max_len:
+            raise ValueError(f"{int(lengths.max())} prompt and {max_new_tokens} new tokens exceed the context of "
+                             f"{self.config.max_len}")
+        # Rows are padded on the right. A pad's key sits in a slot that no real token sees until a generated
+        # token has overwritten it, so neither masks nor positions know of padding.
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
+        lengths = lengths.to(device)
+        cache = KVCache(self.config, len(prompts), total, self.blocks[0].attn.k_proj.weight.dtype, device)
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        last = torch.arange(len(prompts), device=device) * ids.shape[1] + lengths - 1
+        return ids, lengths, last, positions, cache
 
     # ------------------------------------------------------------------------------- pretrained weights
 

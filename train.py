@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
-from data.prepare import TASKS, load_records, prepare
+from data.prepare import TASKS, count_repeated, hold_out, load_records, prepare
 from eval import device_problems, evaluate, headline, pick_device, refuse
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
                     inject_adapters, load_adapter, save_adapter, write_atomically)
@@ -72,7 +72,7 @@ class Config:
     clip: float = 1.0               # largest gradient norm; 0: no clipping
     seed: int = 1337                # of the adapter's start, the data's order and dropout
     # validation and logging
-    validation: int = 120           # records held out of the training records
+    validation: int = 120           # rows of the tasks' held-out slices that pick best/ (see eval.py --split val)
     eval_every: int = 200           # steps between validations
     log_every: int = 10             # steps between progress lines
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
@@ -191,22 +191,26 @@ def adapter_config(c: Config) -> AdapterConfig:
 # ------------------------------------------------------------------------------------------------- data
 
 def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
-    """(training, validation, test) records: the tasks' training sets as one list, and test questions by task."""
+    """(training, validation, test) records: the tasks' training sets as one list, and test questions by task. Rows of
+    the tasks' val slices (data/prepare.py) validate; none of them, nor a twin of one, is ever trained on."""
     extra = {"out": Path(c.data)} if c.data else {}
     if not c.data:
         prepare(task_names(c), ("train", "test") if c.test else ("train",))
-    records = [r for task in task_names(c) for r in load_records(task, "train", **extra)[:c.limit or None]]
+    training, val = [], []
+    for task in task_names(c):
+        kept, held_out = hold_out(load_records(task, "train", **extra))
+        training += kept[:c.limit or None]
+        val += held_out
     test = {task: load_records(task, "test", **extra)[:c.test] for task in task_names(c)} if c.test else {}
-    if len(records) <= c.validation:
-        raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
-    # Held-out rows are drawn with a seed of their own: runs with different seeds are validated on the same rows.
-    held_out = [records[i] for i in sorted(random.Random(0).sample(range(len(records)), c.validation))]
-    # Training sets repeat records (a third of WinoGrande's): a held-out record must have no twin left in training.
-    seen = {json.dumps(r) for r in held_out}
-    training = [r for r in records if json.dumps(r) not in seen]
     if not training:
-        raise UserError(f"{len(records)} training records leave none beside --validation {c.validation}")
-    return training, held_out, test
+        raise UserError(f"{len(val)} training records leave none beside those held out for validation")
+    if len(val) < c.validation:
+        raise UserError(f"--validation {c.validation}: only {len(val)} records are held out of these tasks' training "
+                        "sets (a tenth, at most 200 a task); expected no more")
+    if repeated := count_repeated(training):
+        print(f"{repeated:,} records occur more than once in the training data")
+    # drawn with a seed of its own: runs with different seeds are validated on the same rows
+    return training, [val[i] for i in sorted(random.Random(0).sample(range(len(val)), c.validation))], test
 
 
 def batches(n: int, c: Config):

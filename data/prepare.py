@@ -18,11 +18,14 @@ import contextlib
 import gzip
 import hashlib
 import json
+import math
 import os
+import random
 import re
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +107,14 @@ SHA256 = {
 # ------------------------------------------------------------------------------------------------ loading
 
 def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]:
-    """The records of a task's "train" or "test" split, every line checked; prepared first if missing.
+    """The records of a task's "train" or "test" split, every line checked; prepared first if missing. "val" is the
+    part of the training set that `hold_out` sets aside.
 
     `out` may be a directory of your own with <task>/<split>.jsonl in it. UserError, with file and line, for a file
     that is missing (other than in the default directory) or empty, or a line that is not such a record."""
-    _check_names([task], [split])
+    _check_names([task], [split], (*SPLITS, "val"))
+    if split == "val":
+        return hold_out(load_records(task, "train", out))[1]
     file = Path(out) / task / f"{split}.jsonl"
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
@@ -129,6 +135,23 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
         if problem := _problem(task, records[-1]):
             raise UserError(f"{file}, line {number}: {problem}")
     return records
+
+
+def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
+    """A task's training set -> (training, val): what is trained on, and what hyper-parameters are chosen on, so that
+    nobody chooses them on the test set.
+
+    val is a tenth of the records, 200 at most and one at least, at places drawn with a seed of its own: the same slice
+    for every run. Training sets repeat records (a third of WinoGrande's), so the rest is without twins of val's."""
+    places = random.Random(0).sample(range(len(records)), min(200, math.ceil(len(records) / 10)))
+    val = [records[i] for i in sorted(places)]
+    held = set(map(json.dumps, val))
+    return [record for record in records if json.dumps(record) not in held], val
+
+
+def count_repeated(records: list[dict]) -> int:
+    """How many different records occur more than once."""
+    return sum(count > 1 for count in Counter(map(json.dumps, records)).values())
 
 
 def _problem(task: str, record: object) -> str | None:
@@ -157,8 +180,8 @@ def _problem(task: str, record: object) -> str | None:
     return None
 
 
-def _check_names(tasks: list[str], splits: list[str]) -> None:
-    for names, known, kind in ((tasks, TASKS, "task"), (splits, SPLITS, "split")):
+def _check_names(tasks: list[str], splits: list[str], known_splits: tuple[str, ...] = SPLITS) -> None:
+    for names, known, kind in ((tasks, TASKS, "task"), (splits, known_splits, "split")):
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"no {kind} is called {', '.join(unknown)}; expected {', '.join(known)}")
 

@@ -1,97 +1,140 @@
-"""Scores against a plain loop, and the evaluation program."""
+"""Scores against plain loops, beam search against transformers, runs against each other, and what the gates show."""
+import itertools
 import json
+import math
+import random
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import eval as evaluation
-from conftest import write_llama
-from data.commonsense import scoring_questions, to_text
+from conftest import VOCAB, write_gpt2, write_llama
+from data.commonsense import label_names, scoring_questions, to_text
 from data.download import UserError
-from data.prepare import TASKS, load_records
-from gatera import AdapterConfig, adapter_state, inject_adapters, save_adapter
-from model import Transformer, load_tokenizer
+from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
+from gatera import AdapterConfig, adapter_state, gate_values, gated_layers, inject_adapters, save_adapter
+from model import Transformer, load_tokenizer, save_pretrained
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
 
 
-def plain_scores(model, tokenizer, record, form):
-    """One forward pass a choice, nothing packed, nothing shared."""
+def adapted(base, method="hira", gate="token", seed=0, **options):
+    """A model with an adapter that changes what it says."""
+    model = Transformer.from_pretrained(base, **options)
+    inject_adapters(model, AdapterConfig(method, gate, r=4))
+    generator = torch.Generator().manual_seed(seed)
+    for p in adapter_state(model).values():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def run(llama, tmp_path):
+    """A run directory as train.py leaves it, of piqa and boolq."""
+    return write_run(tmp_path / "run", llama)
+
+
+def write_run(directory, base, seed=0, gate="token", **settings):
+    save_adapter(adapted(base, gate=gate, seed=seed), directory / "best")
+    config = {"init": str(base), "tasks": "piqa,boolq", "form": "cloze", "max_len": 512, "seed": seed, "peft": "gatera",
+              "lr": 0.01} | settings
+    (directory / "config.json").write_text(json.dumps({"config": config, "steps": 2}))
+    lines = [{"config": config}, {"step": 0, "loss": 2.0, "entropy": 0.69, "gate_prompt": 0.5, "gate_answer": 0.5},
+             {"step": 1, "loss": 1.5, "entropy": 0.6, "gate_prompt": 0.4, "gate_answer": 0.6},
+             {"step": 1, "validation_loss": 1.7}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def program(*flags):
+    return evaluation.main([*map(str, flags), "--data", str(SAMPLE)])
+
+
+def read_predictions(out):
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+def plain_scores(logits_of, tokenizer, record, form):
+    """One forward pass a choice, nothing packed, nothing shared; logits_of: ids (1, T) -> logits (1, T, V)."""
     scores = []
     for prompt, answer in to_text(record, form):
         prompt, answer = tokenizer.encode(prompt), tokenizer.encode(answer)
         with torch.no_grad():
-            log_p = model(torch.tensor([prompt + answer])).log_softmax(-1)[0, len(prompt) - 1:-1]
+            log_p = logits_of(torch.tensor([prompt + answer])).log_softmax(-1)[0, len(prompt) - 1:-1]
         scores.append(log_p[range(len(answer)), answer].sum().item())
     return scores
 
 
+def check_against_plain_loop(predictions, records, logits_of, tokenizer, form, tolerance):
+    for record, prediction in zip(records, predictions):
+        expected = plain_scores(logits_of, tokenizer, record, form)
+        assert prediction["scores"] == pytest.approx(expected, abs=tolerance)
+        lengths = [len(answer.strip()) for _, answer in to_text(record, form)]
+        per_character = [score / n for score, n in zip(expected, lengths)]
+        for name, values in (("prediction", expected), ("prediction_norm", per_character)):
+            assert values[prediction[name]] >= max(values) - 2 * tolerance  # the best, up to ties
+
+
 @pytest.mark.parametrize("form", ["cloze", "label"])
 @pytest.mark.parametrize("task", TASKS)
-def test_scores_equal_a_plain_loop_and_do_not_depend_on_packing(task, form, llama):
-    model, tokenizer = Transformer.from_pretrained(llama, dtype=torch.float64), load_tokenizer(llama)
-    torch.manual_seed(0)
-    inject_adapters(model, AdapterConfig("hira", "token", r=4))
-    for p in adapter_state(model).values():
-        p.data += 0.2 * torch.randn_like(p)
+def test_scores_equal_a_plain_loop_and_do_not_depend_on_packing_or_order(task, form, llama):
+    model, tokenizer = adapted(llama, dtype=torch.float64), load_tokenizer(llama)
     records = load_records(task, "test", out=SAMPLE)
-    result = evaluation.evaluate(model, tokenizer, records, form, max_len=512)
-    for record, prediction in zip(records, result["predictions"]):
-        expected = plain_scores(model, tokenizer, record, form)
-        assert prediction["scores"] == pytest.approx(expected, abs=1e-5)
-        lengths = [len(answer.strip().encode()) for _, answer in to_text(record, form)]
-        assert prediction["prediction"] == max(range(len(expected)), key=lambda i: expected[i])
-        assert prediction["prediction_norm"] == max(range(len(expected)), key=lambda i: expected[i] / lengths[i])
+    result = evaluation.evaluate(model, tokenizer, records, form)
+    check_against_plain_loop(result["predictions"], records, model, tokenizer, form, 1e-8)
     hits = [p["prediction"] == p["label"] for p in result["predictions"]]
     assert result["acc"] == 100 * sum(hits) / len(records) and result["n"] == len(records)
     questions = [q for record in records for q in scoring_questions(record, form, tokenizer, 512)]
     reference = evaluation.log_likelihoods(model, questions, row_tokens=10**6)
     for row_tokens in (1, 300):
         for a, b in zip(evaluation.log_likelihoods(model, questions, row_tokens), reference):
-            assert a == pytest.approx(b, abs=1e-5)
+            assert a == pytest.approx(b, abs=1e-8)
+    order = random.Random(1).sample(range(len(records)), len(records))
+    shuffled = evaluation.evaluate(model, tokenizer, [records[i] for i in order], form, chunk=3)["predictions"]
+    for i, prediction in zip(order, shuffled):
+        assert prediction["scores"] == pytest.approx(result["predictions"][i]["scores"], abs=1e-8)
 
 
-def test_the_program_scores_a_base_model(llama, tmp_path, capsys):
-    summary = evaluation.main(["--init", str(llama), "--tasks", "piqa,boolq", "--data", str(SAMPLE), "--limit", "3",
-                               "--out", str(tmp_path / "scores")])
-    assert set(summary["tasks"]) == {"piqa", "boolq"} and summary["tasks"]["piqa"]["n"] == 3
-    lines = (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 6 and json.loads(lines[0])["task"] == "piqa"
-    assert json.loads((tmp_path / "scores" / "results.json").read_text()) == summary
-    printed = capsys.readouterr().out
-    assert "majority" in printed and "mean" in printed
+@pytest.mark.parametrize("write", [write_gpt2, write_llama])
+def test_scores_of_all_tasks_equal_transformers(write, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    base = write(tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
+    ours, tokenizer = Transformer.from_pretrained(base, dtype=torch.float64), load_tokenizer(base)
+    for task, form in itertools.product(TASKS, ("cloze", "label")):
+        records = [r for r in load_records(task, "test", out=SAMPLE)
+                   if max(len(tokenizer.encode(p + a)) for p, a in to_text(r, form)) <= ours.config.max_len]
+        predictions = evaluation.evaluate(ours, tokenizer, records, form, ours.config.max_len)["predictions"]
+        check_against_plain_loop(predictions, records, lambda ids: theirs(ids).logits, tokenizer, form, 1e-5)
 
 
-def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
-    model = Transformer.from_pretrained(llama)
-    inject_adapters(model, AdapterConfig("lora", "none", r=4))
-    for p in adapter_state(model).values():
-        p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    save_adapter(model, tmp_path / "adapter")
-    common = ["--init", str(llama), "--tasks", "piqa", "--data", str(SAMPLE), "--out", str(tmp_path / "out")]
-    evaluation.main([*common, "--run", str(tmp_path / "adapter"), "--protocol", "cloze"])
-    adapted = (tmp_path / "out" / "predictions.jsonl").read_text()
-    evaluation.main(common)
-    assert adapted != (tmp_path / "out" / "predictions.jsonl").read_text()
+def real_records(task, count):
+    for source in (DEFAULT, SHARED):
+        if (source / task / "test.jsonl").is_file():
+            return load_records(task, "test", out=source)[:count]
+    if (SHARED / task / "test.json.gz").is_file():
+        from data.prepare import _from_llm_adapters
+        return _from_llm_adapters(SHARED, task, "test")[:count]
+    pytest.skip("the real tasks are not prepared: python data/prepare.py")
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "nothing to evaluate"),
-    (["--init", "x", "--tasks", "arc"], "unknown task 'arc'; expected all or boolq"),
-    (["--init", "x", "--protocol", "vibes"], "invalid choice: 'vibes'"),
-    (["--init", "x", "--limit", "-1", "--max-len", "3"], "--limit -1.*--max-len 3"),
-    (["--run", "nowhere"], "nowhere: no such directory"),
-    (["--device", "gpu", "--init", "x"], "--device gpu: expected auto"),
-    (["--init", "x", "--tasks", "piqa,piqa"], "piqa is named twice"),
-    (["--colour"], "unrecognized arguments: --colour"),
-    (["--init", "./nowhere"], "no such model file or directory"),
-    (["--init", "x", "--data", "nowhere"], "nowhere.*expected records"),
-])
-def test_bad_input_is_one_clear_line(argv, message):
-    with pytest.raises(UserError, match=message) as caught:
-        evaluation.main(argv)
-    assert "\n" not in str(caught.value)
+@pytest.mark.slow
+def test_smollm2s_scores_on_real_questions_equal_transformers(smollm, tmp_path, count=1):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    ours, tokenizer = Transformer.from_pretrained(smollm), load_tokenizer(smollm)
+    save_pretrained(ours, tmp_path / "hf", smollm)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    for task, form in itertools.product(TASKS, ("cloze", "label")):
+        records = real_records(task, count)
+        predictions = evaluation.evaluate(ours, tokenizer, records, form, 8192)["predictions"]
+        check_against_plain_loop(predictions, records, lambda ids: theirs(ids).logits, tokenizer, form, 2e-3)
 
 
 @pytest.mark.slow
@@ -101,10 +144,445 @@ def test_smollm2_answers_better_than_chance(smollm):
     assert evaluation.evaluate(model, tokenizer, records, "cloze", quiet=True)["acc_norm"] >= 50
 
 
+def test_acc_norm_divides_by_characters(llama, monkeypatch):
+    """As lm-evaluation-harness does: by the length of the choice as text, not by its tokens or bytes."""
+    record = {"task": "piqa", "question": "q", "choices": ["éééé", "abcdef"], "label": 0}
+    monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, questions: [[-4.0, -5.0]])
+    prediction, = evaluation.rank_choices(None, load_tokenizer(llama), [record], "cloze", 512)
+    assert (prediction["prediction"], prediction["prediction_norm"]) == (0, 1)  # -4/4 < -5/6; by bytes -4/8 would win
+
+
+def test_a_long_prompt_is_cut_and_counted(llama):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    record = {"task": "piqa", "question": "very " * 300 + "long?", "choices": ["yes it is", "no"], "label": 0}
+    for protocol in evaluation.PROTOCOLS:
+        records = [record, record | {"question": "Short?"}]
+        result = evaluation.evaluate(model, tokenizer, records, protocol, 512, beams=2)
+        assert result["cut"] == 1 and result["n"] == 2, protocol
+
+
+def test_the_interval_is_wilsons():
+    assert evaluation.wilson(5, 10) == pytest.approx([23.66, 76.34], abs=0.01)      # published example values
+    assert evaluation.wilson(0, 10) == pytest.approx([0, 27.75], abs=0.01)
+    assert evaluation.wilson(0, 0) == [0, 100]
+
+
+# --------------------------------------------------------------------------------------------- generation
+
+@pytest.mark.parametrize("write", [write_gpt2, write_llama])
+def test_beam_search_equals_transformers(write, tmp_path):
+    """For many end-of-text tokens, so that texts finish early, late and never; prompts of different lengths."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    base = write(tmp_path / "base")
+    ours = Transformer.from_pretrained(base)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (3, 9, 1)]
+    frequent = {token for row in ours.beam_search(prompts, 6) for token in row}
+    early = 0
+    for stop in sorted(frequent)[:6]:
+        found = ours.beam_search(prompts, 6, stop)
+        for prompt, row in zip(prompts, found):
+            with torch.no_grad():
+                expected = theirs.generate(torch.tensor([prompt]), num_beams=4, do_sample=False, max_new_tokens=6,
+                                           eos_token_id=stop, pad_token_id=0)[0, len(prompt):].tolist()
+            assert row == (expected[:expected.index(stop)] if stop in expected else expected)
+            early += len(row) < 6
+        assert found == [ours.beam_search([prompt], 6, stop)[0] for prompt in prompts]  # alone as in company
+    assert early > 0
+
+
+def test_a_beam_as_wide_as_the_vocabulary_searches_exhaustively(llama):
+    model = Transformer.from_pretrained(llama)
+    for prompt, stop in (([5, 6, 7], None), ([200], 17), ([3, 1, 4], 99)):
+        with torch.no_grad():
+            first = model(torch.tensor([prompt])).log_softmax(-1)[0, -1]                                   # (V,)
+            rows = torch.tensor([prompt + [token] for token in range(VOCAB)])
+            both = first[:, None] + model(rows).log_softmax(-1)[:, -1]                                     # (V, V)
+        mean = both / 2
+        if stop is not None:
+            mean[stop] = -math.inf  # the text has ended there,
+            mean[stop, stop] = first[stop]  # with one token
+        best = divmod(int(mean.argmax()), VOCAB)
+        expected = [] if best[0] == stop else [token for token in best if token != stop]
+        assert model.beam_search([prompt], 2, stop, beams=VOCAB) == [expected]
+
+
+def test_one_beam_is_greedy(llama):
+    model = Transformer.from_pretrained(llama)
+    prompts = [[1, 2, 3], [9], list(range(20))]
+    for stop in (None, model.generate(prompts, 8)[0][4]):
+        assert model.beam_search(prompts, 8, stop, beams=1) == model.generate(prompts, 8, stop)
+    assert model.beam_search(prompts, 0) == [[], [], []]
+    with pytest.raises(ValueError, match="beams 0"):
+        model.beam_search(prompts, 1, beams=0)
+    with pytest.raises(ValueError, match="exceed the context"):
+        model.beam_search(prompts, 600)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_generated_answers_do_not_depend_on_batching(beams, llama):
+    model, tokenizer = adapted(llama), load_tokenizer(llama)
+    records = [r for task in ("piqa", "boolq", "ARC-Easy") for r in load_records(task, "test", out=SAMPLE)[:2]]
+    together = evaluation.generate_answers(model, tokenizer, records, 512, beams, row_tokens=10**6)
+    assert together == evaluation.generate_answers(model, tokenizer, records, 512, beams, row_tokens=1)
+    assert together[::-1] == evaluation.generate_answers(model, tokenizer, records[::-1], 512, beams)
+
+
+@pytest.mark.parametrize("task, text, expected", [
+    ("boolq", "the correct answer is true", 0), ("boolq", "false, not true", 1), ("boolq", "yes", None),
+    ("piqa", "solution2 or solution1", 1), ("winogrande", "option1", 0), ("hellaswag", "the ending4.", 3),
+    ("ARC-Easy", "answer5", 4), ("openbookqa", "Answer1", None), ("social_i_qa", "", None)])
+def test_the_first_label_in_a_text_is_the_prediction(task, text, expected):
+    assert evaluation.parse_answer(task, text) == expected
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_label_parses_as_itself(task):
+    for record in load_records(task, "test", out=SAMPLE):
+        for i, name in enumerate(label_names(record)):
+            assert evaluation.parse_answer(task, f"the correct answer is {name}") == i
+
+
+def test_what_does_not_parse_is_wrong_and_counted(llama, monkeypatch):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    records = [r | {"label": 0} for r in load_records("piqa", "test", out=SAMPLE)[:3]]
+    texts = iter(["the correct answer is solution1", "I cannot say", "solution2"])
+    monkeypatch.setattr(Transformer, "beam_search", lambda self, prompts, *rest: [tokenizer.encode(next(texts))])
+    result = evaluation.evaluate(model, tokenizer, records, "generate", chunk=1)
+    assert (result["acc"], result["unparsed"]) == (pytest.approx(100 / 3), 1)
+    assert [p["prediction"] for p in result["predictions"]] == [0, None, 1]
+
+
+# -------------------------------------------------------------------------------------------- the program
+
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
+def test_the_program_scores_a_base_model(protocol, llama, tmp_path, capsys):
+    summary = program("--init", llama, "--tasks", "piqa,boolq", "--limit", 3, "--protocol", protocol, "--out",
+                      tmp_path / "scores", "--beams", 2)
+    assert set(summary["tasks"]) == {"piqa", "boolq"} and summary["tasks"]["piqa"]["n"] == 3
+    lines = read_predictions(tmp_path / "scores")
+    assert [(p["task"], p["index"]) for p in lines] == [("piqa", 0), ("piqa", 1), ("piqa", 2),
+                                                        ("boolq", 0), ("boolq", 1), ("boolq", 2)]
+    assert all(("text" if protocol == "generate" else "scores") in p for p in lines)
+    assert json.loads((tmp_path / "scores" / "results.json").read_text()) == summary
+    values = [evaluation.headline(result, protocol) for result in summary["tasks"].values()]
+    low, high = summary["mean"]["interval"]
+    assert (low + high) / 2 == pytest.approx(sum(values) / 2)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("majority", "mean", "unparsed", "cut", "95 % interval"))
+
+
+def test_a_run_is_scored_on_its_own_tasks_and_form(run, capsys):
+    summary = program("--run", run, "--split", "val")
+    assert list(summary["tasks"]) == ["piqa", "boolq"] and summary["configuration"]["protocol"] == "cloze"
+    assert summary["tasks"]["piqa"]["n"] == 1 and (run / "eval" / "best-cloze-val" / "results.json").exists()
+    assert summary["settings"]["steps"] == 2 and "no_such" not in capsys.readouterr().out
+
+
+def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
+    whole = program("--run", run, "--out", run / "whole")
+    calls, rank = [], evaluation.rank_choices
+
+    def failing(model, tokenizer, records, *rest):
+        calls.append(len(records))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return rank(model, tokenizer, records, *rest)
+
+    monkeypatch.setattr(evaluation, "rank_choices", failing)
+    monkeypatch.setattr(evaluation.evaluate, "__defaults__", (*evaluation.evaluate.__defaults__[:-1], 1))
+    with pytest.raises(KeyboardInterrupt):
+        program("--run", run)
+    out = run / "eval" / "best-cloze"
+    assert len(read_predictions(out)) == 3
+    with open(out / "predictions.jsonl", "a") as file:
+        file.write('{"task": "piqa", "ind')  # cut short in the middle of a line
+    resumed = program("--run", run)
+    assert len(calls) == 4 + 8 - 3 and "3 predictions were already in" in capsys.readouterr().out
+    assert resumed["tasks"] == whole["tasks"]
+    assert [p["scores"] for p in read_predictions(out)] == [
+        pytest.approx(p["scores"], abs=1e-4) for p in read_predictions(run / "whole")]
+    again = program("--run", run, "--tasks", "boolq,ARC-Easy")  # another task joins, what is there is not made again
+    assert len(calls) == 9 + 4 and list(again["tasks"]) == ["piqa", "boolq", "ARC-Easy"]
+
+
+def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
+    program("--run", run, "--tasks", "piqa")
+    out, old = run / "eval" / "best-cloze", run / "eval" / "best-cloze-old1"
+    before = (out / "predictions.jsonl").read_bytes()
+    shutil.rmtree(run / "best")
+    save_adapter(adapted(llama, seed=5), run / "best")
+    summary = program("--run", run, "--tasks", "boolq")
+    assert list(summary["tasks"]) == ["boolq"] and {p["task"] for p in read_predictions(out)} == {"boolq"}
+    assert (old / "predictions.jsonl").read_bytes() == before
+    assert "adapter_sha256 differ" in capsys.readouterr().out
+    (out / "predictions.jsonl").write_text("nonsense\n")
+    with pytest.raises(UserError, match="line 1: not a prediction"):
+        program("--run", run, "--tasks", "boolq")
+
+
+def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
+    save_adapter(adapted(llama, "lora", "none"), tmp_path / "adapter")
+    common = ["--init", llama, "--tasks", "piqa", "--protocol", "cloze"]
+    program(*common, "--run", tmp_path / "adapter", "--out", tmp_path / "with")
+    program(*common, "--out", tmp_path / "without")
+    assert read_predictions(tmp_path / "with") != read_predictions(tmp_path / "without")
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "nothing to evaluate"),
+    (["--init", "x", "--tasks", "arc"], "unknown task 'arc'; expected all or boolq"),
+    (["--init", "x", "--protocol", "vibes"], "invalid choice: 'vibes'.*cloze.*label.*generate"),
+    (["--init", "x", "--limit", "-1", "--max-len", "3", "--beams", "0"], "--limit -1.*--beams 0.*--max-len 3"),
+    (["--run", "nowhere"], "nowhere: no such directory"),
+    (["--run", str(SAMPLE)], "no adapter there"),
+    (["--device", "gpu", "--init", "x"], "--device gpu: expected auto"),
+    (["--init", "x", "--tasks", "piqa,piqa"], "piqa is named twice"),
+    (["--colour"], "unrecognized arguments: --colour"),
+    (["--init", "./nowhere"], "no such model file or directory"),
+    (["--init", "x", "--data", "nowhere"], "nowhere.*expected records"),
+    (["--init", "x", "--split", "train"], "invalid choice: 'train'"),
+    (["--init", "x", "--gates"], "--gates needs --run"),
+    (["--init", "x", "--gates", "--prompt", "y"], "--gates and --prompt: expected one of them"),
+    (["--init", "x", "--out", __file__], "a file is there"),
+    (["--compare", "nowhere", "x"], "nowhere: no results there"),
+])
+def test_bad_input_is_one_clear_line(argv, message):
+    with pytest.raises(UserError, match=message) as caught:
+        evaluation.main(argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"label": 2}, "line 1: label is 2, expected a whole number from 0 to 1"),
+    ({"choices": ["a", " "]}, "line 1: choices must be a list of texts that are not empty")])
+def test_bad_records_are_one_clear_line(change, message, llama, tmp_path):
+    (tmp_path / "piqa").mkdir()
+    record = {"task": "piqa", "question": "q", "choices": ["a", "b"], "label": 0} | change
+    (tmp_path / "piqa" / "test.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match=message):
+        evaluation.main(["--init", str(llama), "--tasks", "piqa", "--data", str(tmp_path)])
+
+
 def test_a_model_of_another_shape_is_named(llama, tmp_path):
     model = Transformer.from_pretrained(llama)
     inject_adapters(model, AdapterConfig("lora", "none", r=4))
     save_adapter(model, tmp_path / "adapter")
     other = write_llama(tmp_path / "wide", d=64)
     with pytest.raises(UserError, match="does not fit this base model"):
-        evaluation.main(["--init", str(other), "--run", str(tmp_path / "adapter"), "--data", str(SAMPLE)])
+        program("--init", other, "--run", tmp_path / "adapter")
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+def test_mcnemar_and_bootstrap_by_hand():
+    d = np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 90)
+    assert evaluation.mcnemar(d) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert evaluation.mcnemar(np.zeros(5)) == 1 and evaluation.mcnemar(np.array([1.0, -1.0])) == 1
+    draws = evaluation.bootstrap(d, np.random.default_rng(1))
+    assert draws.mean() == pytest.approx(6, abs=0.2)
+    assert draws.std() == pytest.approx(100 * d.std() / 10, rel=0.05)
+
+
+def accuracy_on(run, task):
+    predictions = [p for p in read_predictions(run / "eval" / "best-cloze") if p["task"] == task]
+    return 100 * np.mean([p["prediction_norm"] == p["label"] for p in predictions])
+
+
+def test_runs_are_compared_by_question(run, llama, tmp_path, capsys):
+    other = write_run(tmp_path / "other", llama, seed=3, lr=0.02)
+    for directory in (run, other):
+        program("--run", directory)
+    result = program("--compare", run, other, "--out", tmp_path / "table")
+    piqa = [accuracy_on(directory, "piqa") for directory in (run, other)]
+    row = result["rows"]["piqa"]
+    assert [cell["accuracy"] for cell in row] == piqa and row[1]["difference"] == piqa[1] - piqa[0]
+    assert row[1]["interval"][0] <= row[1]["difference"] <= row[1]["interval"][1] and 0 < row[1]["p"] <= 1
+    assert result["compared"] == ["lr: 0.01 / 0.02"] and result["warnings"] == ["seed: 0 / 3"]
+    one = program("--compare", run, other, "--tasks", "boolq", "--out", tmp_path / "one")
+    assert list(one["rows"]) == ["boolq", "mean"]
+    assert (tmp_path / "table" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "WARNING: what should be the same differs: seed: 0 / 3" in printed and "compared: lr: 0.01 / 0.02" in printed
+
+
+def test_seeds_are_joined(llama, tmp_path):
+    runs = {name: write_run(tmp_path / name, llama, seed=int(name[1]), peft={"a": "lora", "b": "gatera"}[name[0]])
+            for name in ("a1", "a2", "b1", "b2")}
+    for directory in runs.values():
+        program("--run", directory)
+    groups = [f"{runs['a1']},{runs['a2']}", f"{runs['b1']},{runs['b2']}"]
+    result = program("--compare", *groups, "--out", tmp_path / "table")
+    assert result["warnings"] == [] and result["compared"] == ["peft: lora / gatera"]
+    accuracy = [[accuracy_on(runs[name], "boolq") for name in pair] for pair in (("a1", "a2"), ("b1", "b2"))]
+    first, second = result["rows"]["boolq"]
+    assert first["accuracy"] == np.mean(accuracy[0]) and first["spread"] == pytest.approx(np.std(accuracy[0], ddof=1))
+    assert second["difference"] == np.mean(accuracy[1]) - np.mean(accuracy[0]) and second["p"] is None
+
+
+def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
+    """100 questions of which the second run gets 20 more right, and the third the same."""
+    for name, right in (("a", 40), ("b", 60), ("c", 40)):
+        (tmp_path / name).mkdir()
+        configuration = {"base_sha256": "b", "protocol": "label", "split": "test", "beams": None, "limit": 0}
+        (tmp_path / name / "results.json").write_text(json.dumps({
+            "configuration": configuration, "settings": None, "data": {"piqa": "x"}, "tasks": {"piqa": {}}}))
+        predictions = [{"task": "piqa", "index": i, "prediction": 0, "label": int(i >= right)} for i in range(100)]
+        lines = "".join(json.dumps(prediction) + "\n" for prediction in reversed(predictions))
+        (tmp_path / name / "predictions.jsonl").write_text(lines)
+    result = program("--compare", *(tmp_path / name for name in "abc"), "--out", tmp_path / "table")
+    first, better, same = result["rows"]["mean"]
+    assert (first["accuracy"], better["difference"], same["difference"]) == (40, 20, 0)
+    assert 10 < better["interval"][0] < 20 < better["interval"][1] < 30 and better["p"] == pytest.approx(2 / 2**20)
+    assert same["interval"] == [0, 0] and same["p"] == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--limit", "2"], "the questions of piqa, boolq differ"),
+    (["--protocol", "label"], "their protocol is cloze and label"),
+    (["--split", "val"], "their split is test and val"),
+    (["--tasks", "ARC-Easy"], "no task in common")])
+def test_what_cannot_be_paired_is_refused(flags, message, run, tmp_path):
+    program("--run", run)
+    program("--run", run, "--out", tmp_path / "other", *flags)
+    with pytest.raises(UserError, match=message):
+        program("--compare", run, tmp_path / "other")
+
+
+def test_a_base_model_can_be_the_first(run, llama, tmp_path, capsys):
+    program("--run", run)
+    program("--init", llama, "--tasks", "boolq", "--out", tmp_path / "base")
+    result = program("--compare", tmp_path / "base", run, "--out", tmp_path / "table")
+    assert result["warnings"] == [] and list(result["rows"]) == ["boolq", "mean"]
+    printed = capsys.readouterr().out
+    assert "its training is unknown" in printed and "left out: piqa" in printed
+    other = write_llama(tmp_path / "wide", d=64)
+    program("--init", other, "--tasks", "boolq", "--out", tmp_path / "wide-base")
+    assert "base: " in program("--compare", tmp_path / "wide-base", run, "--out", tmp_path / "table")["warnings"][0]
+
+
+def test_several_results_of_a_run_are_named(run):
+    program("--run", run, "--limit", 2)
+    program("--run", run, "--limit", 2, "--protocol", "label")
+    with pytest.raises(UserError, match="2 results there .best-cloze-2, best-label-2.; choose with --protocol"):
+        program("--compare", run, run)
+    result = program("--compare", run, run, "--protocol", "label", "--out", run / "table")
+    assert result["rows"]["mean"][1]["difference"] == 0
+
+
+# ----------------------------------------------------------------------------------------------- the gates
+
+def test_gates_while_decoding_equal_those_of_one_forward(llama):
+    model, tokenizer = adapted(llama, dtype=torch.float64), load_tokenizer(llama)
+    record = load_records("piqa", "test", out=SAMPLE)[0]
+    trace, = evaluation.trace_gates(model, tokenizer, [record], "cloze", 512)
+    prompt = scoring_questions(record, "cloze", tokenizer, 512)[0].prompt
+    ids = prompt + model.generate([prompt], 32, tokenizer.eos)[0]
+    assert trace["prompt"] == len(prompt) and "".join(trace["tokens"]) == tokenizer.decode(ids)
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    expected = torch.cat(list(gate_values(model).values()))
+    torch.testing.assert_close(trace["gates"].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_gate_numbers_by_hand():
+    names = ["blocks.0.attn.q_proj", "blocks.1.mlp.up_proj"]
+    traces = [{"prompt": 2, "cut": 0, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
+    numbers = evaluation.gate_numbers(traces, names)
+    prompt, answer = numbers["prompt"], numbers["answer"]
+    assert (prompt["tokens"], prompt["mean"], prompt["below_0.05"], prompt["entropy_bits"]) == (2, 0.25, 0.5, 0.5)
+    assert prompt["projections"] == {"q_proj": 0.5, "up_proj": 0.0} and prompt["layers"] == {0: 0.5, 1: 0.0}
+    assert (answer["tokens"], answer["above_0.95"], answer["below_0.05"]) == (1, 0.5, 0.5)
+    bits = -(0.01 * math.log2(0.01) + 0.99 * math.log2(0.99)) / 2
+    assert answer["entropy_bits"] == pytest.approx(bits, rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["token", "static"])
+def test_gates_are_shown(gate, llama, tmp_path, capsys):
+    run = write_run(tmp_path / "run", llama, gate=gate)
+    numbers = program("--run", run, "--gates", "--limit", 2)["gates"]
+    out = run / "eval" / "best-gates-2"
+    assert json.loads((out / "results.json").read_text())["gates"]["questions"] == 4 == numbers["questions"]
+    for name in ("gates-layers", "gates-histogram", "gates-position", "training"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "gates.html").read_text()
+    assert "http" not in page and "{{" not in page and "prefers-color-scheme: dark" in page
+    assert "mean gate" in capsys.readouterr().out
+
+
+def test_texts_in_the_page_are_harmless(tmp_path):
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    trace = {"task": "piqa", "tokens": ["a", evil, "<!--"], "prompt": 1, "gates": torch.tensor([[0.0, 0.5, 1.0]])}
+    evaluation.write_gate_page([trace], ["blocks.0.attn.q_proj"], evil, tmp_path / "gates.html")
+    page = (tmp_path / "gates.html").read_text()
+    template = (Path(evaluation.__file__).parent / "assets" / "gates.html").read_text()
+    assert page.count("<") == template.count("<") and "innerHTML" not in template
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*)</script>', page).group(1))
+    assert data["title"] == evil and data["questions"][0]["tokens"] == ["a", evil, "<!--"]
+    assert data["places"] == [[0, "q_proj"]] and data["questions"][0]["gates"] == "AID/"  # bytes 0, 128, 255
+
+
+def test_a_run_without_gates_has_none_to_show(llama, tmp_path):
+    with pytest.raises(UserError, match="its adapter has no gates to show"):
+        program("--run", write_run(tmp_path / "run", llama, gate="none"), "--gates")
+
+
+class Terminal:
+    """Stands in for stdout."""
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return True
+
+
+def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, monkeypatch):
+    answers = program("--run", run, "--prompt", "Question: why?\\nAnswer:")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and re.search(r"Question|Q\[0\.\d\d\]", printed) and printed.count(">>>") == 2
+    tokenizer = load_tokenizer(llama)
+    prompt = tokenizer.encode("Question: why?\nAnswer:")
+    base = Transformer.from_pretrained(llama).generate([prompt], 32, tokenizer.eos)[0]
+    with_adapter, without = answers.values()
+    assert without == tokenizer.decode(base) != with_adapter
+    program("--run", run, "--prompt", "why? " * 300, "--max-len", "64")
+    assert "the prompt is longer than 32 tokens and lost its first" in capsys.readouterr().out
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    program("--run", run, "--prompt", "why")
+    assert "\x1b[30;48;5;" in terminal.text
+    terminal.text = ""
+    monkeypatch.setenv("NO_COLOR", "1")
+    program("--run", run, "--prompt", "why")
+    assert "\x1b" not in terminal.text and "[0." in terminal.text
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    for colour in (False, True):
+        assert "\x1b[2J" not in evaluation.paint("a\x1b[2Jb\x07", 0.5, colour)
+    assert evaluation.paint("one\n", 0.25, False) == "one[0.25]\n"
+
+
+# ------------------------------------------------------------------------------------------------- splits
+
+def test_the_val_slice_is_the_same_for_everybody_and_has_no_twin_in_training():
+    records = [{"task": "piqa", "question": str(i % 3000)} for i in range(5000)]  # 2,000 of them twice
+    training, val = hold_out(records)
+    assert len(val) == 200 and hold_out(records) == (training, val)
+    assert not {r["question"] for r in training} & {r["question"] for r in val}
+    assert {r["question"] for r in training + val} == {r["question"] for r in records}
+    assert len(training) == sum(record not in val for record in records)
+    assert [len(hold_out(records[:n])[1]) for n in (1, 6, 10, 11, 1999, 3000)] == [1, 1, 1, 2, 200, 200]
+    assert count_repeated(records) == 2000 and count_repeated(records[:3000]) == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_val_records_come_from_the_training_set(task):
+    assert load_records(task, "val", out=SAMPLE) == hold_out(load_records(task, "train", out=SAMPLE))[1]

@@ -156,7 +156,7 @@ def test_bad_flags_are_reported_at_once(flags, messages):
 @pytest.mark.parametrize("flags, message", [
     (("--warmup", "50"), "--warmup 50 is not shorter than the run of"),
     (("--max-len", "4096"), "longer than the base's context of 512"),
-    (("--validation", "500"), "leave none beside --validation 500"),
+    (("--validation", "500"), "--validation 500: only 8 records are held out"),
     (("--targets", "c_attn"), "no layer is named c_attn; this model has down_proj"),
     (("--r", "64"), "r 64 is larger than the smallest"),
     (("--data", "nowhere"), "nowhere"),
@@ -208,20 +208,21 @@ def test_checkpointing_is_switched_on(llama, tmp_path, monkeypatch):
 
 
 def test_no_held_out_record_is_trained_on(llama):
-    c = train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "9"])
+    c = train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "8"])
     training, held_out, _ = train.load_data(c)
     key = lambda record: json.dumps(record, sort_keys=True)  # noqa: E731
-    assert len(held_out) == 9 and not set(map(key, training)) & set(map(key, held_out))
-    assert train.load_data(train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "9", "--seed", "5"]))[1] == held_out
+    assert len(held_out) == 8 and not set(map(key, training)) & set(map(key, held_out))
+    assert train.load_data(train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "8", "--seed", "5"]))[1] == held_out
 
 
-def test_twins_of_held_out_records_are_left_out(llama, tmp_path):
+def test_twins_of_held_out_records_are_left_out(llama, tmp_path, capsys):
     (tmp_path / "data" / "piqa").mkdir(parents=True)
     text = (Path(SAMPLE) / "piqa" / "train.jsonl").read_text()
     (tmp_path / "data" / "piqa" / "train.jsonl").write_text(text + text)
     c = train.parse(["--init", str(llama), "--data", str(tmp_path / "data"), "--tasks", "piqa", "--validation", "2"])
     training, held_out, _ = train.load_data(c)
-    assert not any(record in held_out for record in training)
+    assert len(held_out) == 2 and len(training) == 8 and not any(record in held_out for record in training)
+    assert "4 records occur more than once" in capsys.readouterr().out
 
 
 def test_mean_gates_tells_prompt_from_answer(llama):
