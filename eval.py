@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.download import UserError, run_command
+from data.download import Flags, UserError, read_json, run_command, unwritable
 from data.prepare import TASKS, load_records
 from gatera import export_peft, load_adapter, merge_adapters, write_atomically
-from model import Tokenizer, Transformer, load_tokenizer, read_json, save_pretrained
+from model import Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -147,15 +147,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 # -------------------------------------------------------------------------------------------- command line
 
-def refuse(message: str):
-    """In place of argparse's own error(), which prints a page of usage."""
-    raise UserError(f"{message}; see --help")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = refuse
+    parser = Flags(description=__doc__)
     parser.add_argument("--run", help="a run directory of train.py, or a directory with an adapter")
     parser.add_argument("--adapter", choices=("best", "last"), default="best", help="which of the run's adapters")
     parser.add_argument("--init", help="a base model, as in train.py; with --run the run's own")
@@ -171,13 +164,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="instead of scoring, write the merged model in Hugging Face layout (hf) or the adapter in "
                              "peft's (peft); ungated adapters only")
     parser.add_argument("--out", help="where to write; default the run's eval/, out/eval/ for a base model")
-    return parser.parse_args(argv)
+    return argparse.Namespace(**vars(parser.parse(argv)), wrong=parser.wrong)
 
 
 def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     """The tasks, the adapter's directory and the run's configuration; UserError with everything that is wrong."""
     tasks = list(TASKS) if args.tasks == "all" else args.tasks.split(",")
-    wrong = [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
+    wrong = args.wrong + [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks
+                          if task not in TASKS]
     wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
     wrong += [] if args.max_len == 0 or args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
     wrong += [f"--tasks: {task} is named twice" for task in set(tasks) if tasks.count(task) > 1]
@@ -185,6 +179,9 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         wrong.append(f"--export {args.export[0]}; expected hf or peft")
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
     wrong += device_problems(args.device)
+    wrong += [f"--out {problem}" for problem in [unwritable(Path(args.out or args.run or "out"))] if problem]
+    if args.export and (problem := unwritable(Path(args.export[1]))):
+        wrong.append(f"--export {problem}")
     adapter, run = None, {}
     if args.run:
         places = [Path(args.run) / args.adapter, Path(args.run)]

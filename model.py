@@ -28,14 +28,19 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from data.download import UserError, fetch_model, smollm2_135m
+from data.download import UserError, fetch_model, read_json, reading, shards, smollm2_135m
 
 
 # ---------------------------------------------------------------------------------------------- config
+
+def is_number(value, least: float, most: float) -> bool:
+    """Whether `value`, from a file perhaps, is a number in a range; what is no text, no True, not nan."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
 
 @dataclass
 class TransformerConfig:
@@ -59,15 +64,35 @@ class TransformerConfig:
     rope_scaling: dict | None = None # Llama 3.1's frequencies, see `inverse_frequencies`
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "d_model", "d_ff", "max_len"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive whole number")
+        # Sizes end beyond those of any model: a damaged config must not make one that fills the memory.
+        most = dict(vocab_size=2**20, n_layer=2**10, n_head=2**12, d_model=2**20, d_ff=2**20, max_len=2**31,
+                    n_kv_head=2**12, head_dim=2**12)
+        for name, value in vars(self).items():
+            if name in most:
+                least, expected = name not in ("n_kv_head", "head_dim"), f"a positive whole number up to {most[name]}"
+                fine = isinstance(value, int) and is_number(value, least, most[name])
+            elif name in ("norm_eps", "rope_theta"):
+                fine, expected = is_number(value, 0, 1e30), "a number from 0"
+            elif name in ("attention_bias", "mlp_bias", "tied_head"):
+                fine, expected = isinstance(value, bool), "true or false"
+            else:
+                continue
+            if not fine:
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
+        if not self.head_dim:
+            raise ValueError(f"d_model is {self.d_model}, expected a channel or more for each of {self.n_head} heads")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, and rotary positions turn pairs of channels")
+        scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
+        numbers = scaling.get("factors") or list(scaling.values())
+        if not all(is_number(value, 1e-30, 1e30) for value in numbers):
+            raise ValueError(f"rope_scaling is {scaling}, expected positive numbers")
+        if "factors" in scaling and len(numbers) != self.head_dim // 2:
+            raise ValueError(f"{len(numbers)} rotation speeds, expected {self.head_dim // 2}")
 
     @classmethod
     def from_name(cls, name: str) -> "TransformerConfig":
@@ -413,36 +438,24 @@ def find_model(name_or_path: str) -> Path:
     return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
-        return raw
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer "
-                        "files") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
 def read_directory(directory: Path):
     """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}/config.json: not found; a model directory needs config.json, *.safetensors and "
+                        "tokenizer files")
     raw = read_json(directory / "config.json")
     family = raw.get("model_type")
     if family not in ("gpt2", "llama"):
         raise UserError(f"{directory}: architecture '{family}' is not supported; gpt2 and llama are")
-    try:
-        config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
-    except KeyError as error:
-        raise UserError(f"{directory / 'config.json'}: field {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
-    if (directory / "model.safetensors.index.json").exists():
-        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    files = [directory / Path(name).name for name in names]
+    with reading(directory / "config.json"):
+        try:
+            config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
+        except KeyError as error:
+            raise UserError(f"field {error} is missing") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    index = directory / "model.safetensors.index.json"
+    files = shards(index) if index.exists() else [directory / "model.safetensors"]
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
@@ -450,12 +463,9 @@ def read_directory(directory: Path):
     def weights():
         rename = gpt2_weights if family == "gpt2" else llama_weights
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for key in tensors.keys():
-                        yield from rename(key, tensors.get_tensor(key), config)
-            except SafetensorError as error:
-                raise UserError(f"{file}: broken or truncated ({error}); fetch it again") from None
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    yield from rename(key, tensors.get_tensor(key), config)
     return config, weights()
 
 
@@ -492,8 +502,8 @@ def llama_config(raw: dict) -> TransformerConfig:
         vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=raw["num_attention_heads"],
         n_kv_head=raw.get("num_key_value_heads") or 0, head_dim=raw.get("head_dim") or 0, d_model=raw["hidden_size"],
         d_ff=raw["intermediate_size"], max_len=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
-        attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
-        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0),
+        attention_bias=raw.get("attention_bias") or False, mlp_bias=raw.get("mlp_bias") or False,
+        tied_head=raw.get("tie_word_embeddings") or False, rope_theta=rope.get("rope_theta", 10000.0),
         rope_scaling=scaling)
 
 
@@ -609,21 +619,32 @@ def open_gguf(path: Path):
 
 @lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def _open_gguf(path: Path, changed: int):
-    from gguf import GGUFReader  # only those who use a .gguf pay for the import
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({error}); fetch it again") from None
+    from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
+
+    class Reader(GGUFReader):
+        """gguf's, which reads on after the end of a file: a damaged length can keep it busy until the memory is full."""
+
+        def _get(self, offset, dtype, count=1, **order):
+            found = super()._get(offset, dtype, count, **order)
+            if len(found) != count:
+                raise ValueError(f"{count} values at byte {offset} are not all there")
+            return found
+
+        def _get_field_parts(self, offset, kind, *more):
+            if kind == GGUFValueType.ARRAY and self._get(offset + 4, "uint64")[0] > 2**20:
+                raise ValueError(f"a list at byte {offset} is longer than any vocabulary")
+            return super()._get_field_parts(offset, kind, *more)
+
+    with reading(path):
+        return Reader(path)
 
 
 def gguf_field(reader, path: Path, key: str, *default):
     """A value of a .gguf file's metadata. UserError where there is none and no default, or where it is broken."""
-    try:
-        return reader.fields[key].contents() if key in reader.fields or not default else default[0]
-    except KeyError:
-        raise UserError(f"{path}: the metadata has no {key}") from None
-    except (UnicodeDecodeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({key}: {error}); fetch it again") from None
+    if key not in reader.fields and not default:
+        raise UserError(f"{path}: the metadata has no {key}")
+    with reading(path):
+        return reader.fields[key].contents() if key in reader.fields else default[0]
 
 
 def read_gguf(path: Path):
@@ -638,10 +659,12 @@ def read_gguf(path: Path):
         raise UserError(f"{path}: rope scaling '{field('llama.rope.scaling.type')}' is not supported in .gguf files")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     get = lambda tensor: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # noqa: E731
-    try:
+    with reading(path):
         n_head, scaling = field("llama.attention.head_count"), None
         if "rope_freqs.weight" in tensors:
             scaling = {"rope_type": "factors", "factors": get(tensors.pop("rope_freqs.weight")).tolist()}
+        if "token_embd.weight" not in tensors:
+            raise UserError("the tensor token_embd.weight is missing")
         config = TransformerConfig(
             vocab_size=int(tensors["token_embd.weight"].shape[1]), n_layer=field("llama.block_count"), n_head=n_head,
             n_kv_head=field("llama.attention.head_count_kv", n_head), head_dim=field("llama.attention.key_length", 0),
@@ -650,25 +673,22 @@ def read_gguf(path: Path):
             tied_head="output.weight" not in tensors, rope_theta=field("llama.rope.freq_base", 10000.0),
             attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
             rope_scaling=scaling)
-    except KeyError as error:
-        raise UserError(f"{path}: the tensor {error} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a Llama model's metadata: {error}") from None
 
     def weights():
         for key, packed in tensors.items():
-            tensor = get(packed)
-            prefix = ""
-            if key.startswith("blk."):
-                _, layer, key = key.split(".", 2)
-                prefix = f"blocks.{layer}."
-            name, _, kind = key.rpartition(".")
-            if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
-                # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
-                # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
-                shape = tensor.shape
-                tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-            yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
+            with reading(path):
+                tensor = get(packed)
+                prefix = ""
+                if key.startswith("blk."):
+                    _, layer, key = key.split(".", 2)
+                    prefix = f"blocks.{layer}."
+                name, _, kind = key.rpartition(".")
+                if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
+                    # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
+                    # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
+                    shape = tensor.shape
+                    tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+                yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
     return config, weights()
 
 
@@ -738,18 +758,21 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
     path = find_model(name_or_path)
     if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
+        with reading(path):
+            return gguf_tokenizer(path)
     if (path / "tokenizer.json").exists():
-        return json_tokenizer(path)
+        with reading(path / "tokenizer.json"):
+            return json_tokenizer(path)
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (path / vocab).exists() and (path / merges).exists():
-            vocabulary = read_json(path / vocab)
-            end = "<|endoftext|>"
-            special = {end: vocabulary[end]} if end in vocabulary else {}
-            lines = (path / merges).read_text(encoding="utf-8").split("\n")
-            lines = [line for line in lines if line and not line.startswith("#version")]
-            ranks = byte_ranks(vocabulary, set(special), lines, path / merges)
-            return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end))
+            with reading(path / merges):
+                vocabulary = read_json(path / vocab)
+                end = "<|endoftext|>"
+                special = {end: vocabulary[end]} if end in vocabulary else {}
+                lines = (path / merges).read_text(encoding="utf-8").split("\n")
+                lines = [line for line in lines if line and not line.startswith("#version")]
+                ranks = byte_ranks(vocabulary, set(special), lines, path / merges)
+                return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end))
     kind = "; it has a SentencePiece model, which is not byte-level BPE" if (path / "tokenizer.model").exists() else ""
     raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
 

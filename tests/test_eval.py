@@ -79,12 +79,12 @@ def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
 @pytest.mark.parametrize("argv, message", [
     ([], "nothing to evaluate"),
     (["--init", "x", "--tasks", "arc"], "unknown task 'arc'; expected all or boolq"),
-    (["--init", "x", "--protocol", "vibes"], "invalid choice: 'vibes'"),
+    (["--init", "x", "--protocol", "vibes"], "--protocol vibes: expected one of cloze, label"),
     (["--init", "x", "--limit", "-1", "--max-len", "3"], "--limit -1.*--max-len 3"),
     (["--run", "nowhere"], "nowhere: no such directory"),
     (["--device", "gpu", "--init", "x"], "--device gpu: expected auto"),
     (["--init", "x", "--tasks", "piqa,piqa"], "piqa is named twice"),
-    (["--colour"], "unrecognized arguments: --colour"),
+    (["--colour"], "unknown argument --colour"),
     (["--init", "./nowhere"], "no such model file or directory"),
     (["--init", "x", "--data", "nowhere"], "nowhere.*expected records"),
 ])
