@@ -138,6 +138,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
     compute in it, float16 on older ones."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "bfloat16" and where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8:
+        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or float32")
     if dtype != "auto":
         return where, getattr(torch, dtype)
     if where.type == "cpu":
@@ -164,7 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="instead of scoring, write the merged model in Hugging Face layout (hf) or the adapter in "
                              "peft's (peft); ungated adapters only")
     parser.add_argument("--out", help="where to write; default the run's eval/, out/eval/ for a base model")
-    return argparse.Namespace(**vars(parser.parse(argv)), wrong=parser.wrong)
+    return parser.parse_args(argv)
 
 
 def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
@@ -180,7 +182,7 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
     wrong += device_problems(args.device)
     wrong += [f"--out {problem}" for problem in [unwritable(Path(args.out or args.run or "out"))] if problem]
-    if args.export and (problem := unwritable(Path(args.export[1]))):
+    if args.export and (problem := unwritable(Path(args.export[1]), empty=True)):
         wrong.append(f"--export {problem}")
     adapter, run = None, {}
     if args.run:
@@ -190,6 +192,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         configs = [place / "config.json" for place in (Path(args.run), Path(args.run).parent)]
         configs = [path for path in configs if path.exists()]
         run = read_json(configs[0]).get("config", {}) if configs else {}  # of the run, also for one of its adapters
+        if not isinstance(run, dict) or not isinstance(run.get("init", ""), str):
+            raise UserError(f"{configs[0]}: not the config.json of a run")
         if not Path(args.run).is_dir():
             wrong.append(f"{args.run}: no such directory")
         elif adapter is None:

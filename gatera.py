@@ -364,7 +364,10 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
         config, tensors = read_adapter_config(directory), read_tensors(file)
     fresh = not gated_layers(model)
     if fresh:
-        inject_adapters(model, config)
+        try:
+            inject_adapters(model, config)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     elif model.adapter_config != config:
         raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
     own = adapter_state(model)

@@ -711,6 +711,7 @@ class Tokenizer:
         import tiktoken
         self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
         # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
+        self.largest = max([*ranks.values(), *(i for i in (eos, bos) if i is not None)])  # of the ids that are in use
         self.split, self.tokenless = split, bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self.special = special  # {name: id} of the tokens that no text encodes to
         self.eos = eos  # ends a text
@@ -758,28 +759,40 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
     path = find_model(name_or_path)
     if path.suffix == ".gguf":
-        with reading(path):
-            return gguf_tokenizer(path)
-    if (path / "tokenizer.json").exists():
-        with reading(path / "tokenizer.json"):
-            return json_tokenizer(path)
-    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (path / vocab).exists() and (path / merges).exists():
-            with reading(path / merges):
-                vocabulary = read_json(path / vocab)
-                end = "<|endoftext|>"
-                special = {end: vocabulary[end]} if end in vocabulary else {}
-                lines = (path / merges).read_text(encoding="utf-8").split("\n")
-                lines = [line for line in lines if line and not line.startswith("#version")]
-                ranks = byte_ranks(vocabulary, set(special), lines, path / merges)
-                return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end))
-    kind = "; it has a SentencePiece model, which is not byte-level BPE" if (path / "tokenizer.model").exists() else ""
-    raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
+        file, load = path, gguf_tokenizer
+    elif (path / "tokenizer.json").exists():
+        file, load = path / "tokenizer.json", json_tokenizer
+    else:
+        file, load = path / ("vocab.json" if (path / "vocab.json").exists() else "encoder.json"), gpt2_tokenizer
+    with reading(file):
+        tokenizer, size = load(file)
+        if tokenizer.largest >= size:  # an embedding has no such row, which would only be noticed in some later step
+            raise UserError(f"ids up to {tokenizer.largest}, but the model has a vocabulary of {size}: not its tokenizer")
+    return tokenizer
 
 
-def json_tokenizer(directory: Path) -> Tokenizer:
-    file = directory / "tokenizer.json"
-    raw = read_json(file)
+def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
+    merges = vocab.with_name("merges.txt" if vocab.name == "vocab.json" else "vocab.bpe")
+    if not vocab.exists() or not merges.exists():
+        model = vocab.with_name("tokenizer.model").exists()
+        kind = "; it has a SentencePiece model, which is not byte-level BPE" if model else ""
+        raise UserError(f"{vocab.parent}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
+    vocabulary, end = read_json(vocab), "<|endoftext|>"
+    special = {end: vocabulary[end]} if end in vocabulary else {}
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line and not line.startswith("#version")]
+    ranks = byte_ranks(vocabulary, set(special), lines, merges)
+    return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end)), model_vocabulary(vocab.parent)
+
+
+def model_vocabulary(directory: Path) -> int | float:
+    """The vocab_size in config.json; without limit for a tokenizer that is on its own."""
+    config = directory / "config.json"
+    return read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
+
+
+def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
+    raw, directory = read_json(file), file.parent
     model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
@@ -808,11 +821,11 @@ def json_tokenizer(directory: Path) -> Tokenizer:
     template = raw.get("post_processor") or {}
     template = [step for step in template.get("processors", [template]) if step.get("type") == "TemplateProcessing"]
     first = template[0]["single"][0].get("SpecialToken", {}).get("id") if template else None
-    return Tokenizer(directory.name, split, ranks, special, special.get(eos, eos if isinstance(eos, int) else None),
-                     special.get(first))
+    eos = special.get(eos, eos if isinstance(eos, int) else None)
+    return Tokenizer(directory.name, split, ranks, special, eos, special.get(first)), model_vocabulary(directory)
 
 
-def gguf_tokenizer(file: Path) -> Tokenizer:
+def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     get = partial(gguf_field, open_gguf(file), file)
     kind, split = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", None)
     if kind != "gpt2" or split not in SPLIT:
@@ -825,13 +838,14 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     ranks = byte_ranks(vocabulary, set(special), get("tokenizer.ggml.merges"), file)
     add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
     bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
-    return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id", None), bos)
+    eos = get("tokenizer.ggml.eos_token_id", None)
+    return Tokenizer(file.stem, SPLIT[split], ranks, special, eos, bos), len(tokens)
 
 
 def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     """A .gguf file's tokenizer as tokenizer.json and tokenizer_config.json. Returns the ids that config.json names."""
     get = partial(gguf_field, open_gguf(file), file)
-    tokenizer, tokens = gguf_tokenizer(file), get("tokenizer.ggml.tokens")
+    tokenizer, tokens = load_tokenizer(file), get("tokenizer.ggml.tokens")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.split}, "behavior": "Isolated", "invert": False}
     steps = {"gpt-2": [byte_level], "smollm": [{"type": "Digits", "individual_digits": True}, byte_level],

@@ -104,8 +104,8 @@ def parse(argv: list[str]) -> Config:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
             parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(), help=text)
-    given = {name: value for name, value in vars(parser.parse(argv)).items() if value is not None}
-    wrong = list(parser.wrong)
+    known = parser.parse_args(argv)
+    wrong, given = known.wrong, {f.name: value for f in config_fields if (value := getattr(known, f.name)) is not None}
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
@@ -128,7 +128,7 @@ def check(c: Config) -> list[str]:
         (c.peft != "gatera" or c.gate == "token",
          f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
         (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
-        (not unknown, f"--tasks {', '.join(unknown)}: expected all or some of {', '.join(TASKS)}"),
+        (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
         (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
         (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
         (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),

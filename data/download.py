@@ -243,7 +243,7 @@ def shards(index: Path) -> list[Path]:
     with reading(index):
         names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:  # ../../x must not be read
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
                 raise UserError(f"names {name!r}; expected .safetensors files of the same directory")
     return [index.with_name(name) for name in names]
 
@@ -263,21 +263,23 @@ def first_line(error: Exception) -> str:
 # --------------------------------------------------------------------------------- what every program does
 
 class Flags(argparse.ArgumentParser):
-    """argparse, but for its errors: one UserError lists them all, with the closest flag for one that does not exist."""
+    """argparse, but for its errors: they are collected, and an unknown flag gets the closest that there is."""
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.wrong = []
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's takes -1e-3 for a flag
 
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The values of the flags. `self.wrong` then says what is wrong with them, where a default stands instead."""
-        self.wrong.clear()
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The values of the flags, and as `wrong` what is wrong with them, one text each; there a default stands."""
+        self.wrong = []
         known, unknown = self.parse_known_args(argv)
         flags = [flag for action in self._actions for flag in action.option_strings]
         # the value of an unknown flag is no error of its own
         for word in [word for word in unknown if word.startswith("--")] or unknown:
             close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             self.wrong.append(f"unknown argument {word}" + (f" (did you mean {close[0]}?)" if close else "; see --help"))
+        known.wrong = self.wrong
         return known
 
     def error(self, message: str):  # what is left of argparse's own: a flag without its value
@@ -297,11 +299,13 @@ class Flags(argparse.ArgumentParser):
             return action.default
 
 
-def unwritable(directory: Path) -> str | None:
-    """Why nothing can be written to a directory, which may not exist yet; None if it can be."""
+def unwritable(directory: Path, empty: bool = False) -> str | None:
+    """Why nothing can be written to a directory, which may not exist yet, or has to be `empty`; None if it can be."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         return f"{directory}: a file is there; expected a directory"
+    if empty and directory.exists() and any(directory.iterdir()):
+        return f"{directory}: the directory is not empty; expected a new or empty one"
     return None if os.access(there, os.W_OK | os.X_OK) else f"{directory}: no permission to write to {there}"
 
 

@@ -123,8 +123,6 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
         records.append(parse_json(line, f"{file}, line {number}"))
         if problem := _problem(task, records[-1]):
             raise UserError(f"{file}, line {number}: {problem}")
-    if repeats := len(lines) - len(set(lines)):
-        print(f"{file}: {repeats:,} of {len(lines):,} records repeat earlier ones", flush=True)
     return records
 
 
@@ -372,9 +370,9 @@ def main(argv: list[str] | None = None) -> None:
                         help=f"all, or some of {', '.join(TASKS)}")
     parser.add_argument("--source", default="auto", help="auto, hub, index, or a directory of LLM-Adapters' files")
     parser.add_argument("--out", default=DEFAULT, type=Path, help="where the records go")
-    args = parser.parse(argv)
+    args = parser.parse_args(argv)
     tasks = [task for word in args.tasks for task in word.split(",")]  # as people write them for train.py, too
-    problems = [*parser.wrong, unwritable(args.out)]
+    problems = [*args.wrong, unwritable(args.out)]
     if args.source not in ("auto", "hub", "index") and not Path(args.source).is_dir():
         problems.append(f"--source {args.source}: expected auto, hub, index, or a directory like LLM-Adapters' dataset/")
     if wrong := [problem for problem in problems if problem]:
