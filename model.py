@@ -72,7 +72,8 @@ class TransformerConfig:
                 least, expected = name not in ("n_kv_head", "head_dim"), f"a positive whole number up to {most[name]}"
                 fine = isinstance(value, int) and is_number(value, least, most[name])
             elif name in ("norm_eps", "rope_theta"):
-                fine, expected = is_number(value, 0, 1e30), "a number from 0"
+                least, greatest = (0, 1) if name == "norm_eps" else (1, 1e12)
+                fine, expected = is_number(value, least, greatest), f"a number from {least} to {greatest}"
             elif name in ("attention_bias", "mlp_bias", "tied_head"):
                 fine, expected = isinstance(value, bool), "true or false"
             else:
@@ -89,7 +90,7 @@ class TransformerConfig:
             raise ValueError(f"head_dim is {self.head_dim}, and rotary positions turn pairs of channels")
         scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
         numbers = scaling.get("factors") or list(scaling.values())
-        if not all(is_number(value, 1e-30, 1e30) for value in numbers):
+        if not all(is_number(value, 1e-12, 1e12) for value in numbers):
             raise ValueError(f"rope_scaling is {scaling}, expected positive numbers")
         if "factors" in scaling and len(numbers) != self.head_dim // 2:
             raise ValueError(f"{len(numbers)} rotation speeds, expected {self.head_dim // 2}")
@@ -711,15 +712,17 @@ class Tokenizer:
         import tiktoken
         self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
         # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
-        self.largest = max([*ranks.values(), *(i for i in (eos, bos) if i is not None)])  # of the ids that are in use
+        used = [*ranks.values(), *(i for i in (eos, bos) if i is not None)]
+        self.smallest, self.largest = min(used), max(used)
         self.split, self.tokenless = split, bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self.special = special  # {name: id} of the tokens that no text encodes to
         self.eos = eos  # ends a text
         self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
 
     def encode(self, text: str) -> list[int]:
-        drop = lambda piece: piece.encode("utf-8", "replace").translate(None, self.tokenless)  # noqa: E731
-        if not self.tokenless or len(drop(text)) == len(text.encode("utf-8", "replace")):
+        text = text.encode("utf-8", "replace").decode()  # half of a character, \ud800, becomes "?"
+        drop = lambda piece: piece.encode().translate(None, self.tokenless)  # noqa: E731
+        if not self.tokenless or len(drop(text)) == len(text.encode()):
             return self.encoding.encode_ordinary(text)
         # As Hugging Face does: bytes without a token vanish after the split into words and before the merges.
         # (tiktoken would abort.)
@@ -766,8 +769,9 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         file, load = path / ("vocab.json" if (path / "vocab.json").exists() else "encoder.json"), gpt2_tokenizer
     with reading(file):
         tokenizer, size = load(file)
-        if tokenizer.largest >= size:  # an embedding has no such row, which would only be noticed in some later step
-            raise UserError(f"ids up to {tokenizer.largest}, but the model has a vocabulary of {size}: not its tokenizer")
+        if tokenizer.smallest < 0 or tokenizer.largest >= size:  # else some later step would ask for a row of the
+            raise UserError(f"ids from {tokenizer.smallest} to {tokenizer.largest}, but the model has a vocabulary of "
+                            f"{size}: not its tokenizer")     # embedding that is not there
     return tokenizer
 
 

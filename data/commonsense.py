@@ -61,7 +61,7 @@ def label_form(record: dict) -> list[tuple[str, str]]:
 def without_tags(text: str) -> str:
     """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops as lm-evaluation-harness does; but for
     the space that a mark at the start of an ending leaves behind, which would double the one after the prompt."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
+    return re.sub(r"\[[^\]\n]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
 
 
 def cloze_form(record: dict) -> list[tuple[str, str]]:

@@ -61,6 +61,7 @@ TASKS = tuple(TABLE)  # in the papers' order
 WINOGRANDE_SIZES = {"winogrande_xs": 160, "winogrande_s": 640, "winogrande_m": 2558, "winogrande_l": 10234,
                     "winogrande_xl": 40398}
 WINOGRANDE_TRAIN = [*WINOGRANDE_SIZES, "winogrande_debiased"]
+LONGEST = 30_000  # characters of a record: six times the tasks' longest; no model here reads as many
 HELLASWAG_ACTIVITYNET = 14740  # HellaSwag's train set: so many ActivityNet texts, then the WikiHow texts
 
 # (task, split): {SHA-256 of the file: how it differs from what the papers trained and tested on}. A single digest
@@ -149,10 +150,11 @@ def _problem(task: str, record: object) -> str | None:
         return f"label is {label!r}, expected a whole number from 0 to {len(choices) - 1}"
     if not isinstance(record.get("passage", ""), str):
         return "passage must be a text"
-    try:
-        "".join([question, *choices, record.get("passage", "")]).encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"a text holds {error.object[error.start]!a}, which is half of a character"
+    text = "".join([question, *choices, record.get("passage", "")])
+    if len(text) > LONGEST:
+        return f"{len(text):,} characters, expected up to {LONGEST:,}"
+    if half := re.search("[\ud800-\udfff]", text):
+        return f"a text holds {half.group()!a}, which is half of a character"
     return None
 
 

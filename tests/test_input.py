@@ -224,6 +224,7 @@ CASES = [
     ("train", "", RECORD + "3 choices, expected 2", line(2, GOOD | {"choices": ["a", "b", "c"]})),
     ("train", "", RECORD + "question must be a text that is not empty", line(2, GOOD | {"question": " "})),
     ("train", "", RECORD + "a text holds '\\ud800', which is half of a character", line(2, GOOD | {"question": "\ud800"})),
+    ("train", "", RECORD + "100,024 characters, expected up to 30,000", line(2, GOOD | {"question": "[" * 100_008})),
     ("eval", "--data nowhere", "nowhere/piqa/test.jsonl: No such file or directory"),
     ("eval", "", "data/piqa/test.jsonl, line 1: not valid JSON", write("data/piqa/test.jsonl", b"PK\x03\x04")),
     ("eval", "--tasks hellaswag", "a hellaswag choice without text", write("data/hellaswag/test.jsonl", json.dumps(
@@ -248,7 +249,7 @@ CASES = [
     ("train", "", "llama/config.json: n_head is 0, expected a positive whole number", change("llama/config.json", num_attention_heads=0)),
     ("train", "", "rope_scaling is {'factor': 0", change("llama/config.json", rope_scaling={
         "rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8})),
-    ("train", "", "llama/tokenizer.json: ids up to 262, but the model has a vocabulary of 99", change("llama/config.json", vocab_size=99)),
+    ("train", "", "llama/tokenizer.json: ids from 0 to 262, but the model has a vocabulary of 99", change("llama/config.json", vocab_size=99)),
     ("train", "", "llama/tokenizer.json: broken or truncated", change("llama/tokenizer.json", added_tokens=3)),
     ("train", "", "names no end-of-text token", remove("llama/tokenizer_config.json"),
      change("llama/config.json", eos_token_id=None)),
