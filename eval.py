@@ -139,7 +139,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     compute in it, float16 on older ones."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "bfloat16" and where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8:
-        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or float32")
+        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
+                        "float32")
     if dtype != "auto":
         return where, getattr(torch, dtype)
     if where.type == "cpu":
@@ -181,9 +182,9 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         wrong.append(f"--export {args.export[0]}; expected hf or peft")
     wrong += [] if args.run or args.init else ["nothing to evaluate: pass --run DIRECTORY or --init MODEL"]
     wrong += device_problems(args.device)
-    wrong += [f"--out {problem}" for problem in [unwritable(Path(args.out or args.run or "out"))] if problem]
-    if args.export and (problem := unwritable(Path(args.export[1]), empty=True)):
-        wrong.append(f"--export {problem}")
+    target = args.export[1] if args.export else args.out or args.run or "out"
+    if problem := unwritable(Path(target), empty=bool(args.export)):
+        wrong.append(f"--{'export' if args.export else 'out'} {problem}")
     adapter, run = None, {}
     if args.run:
         places = [Path(args.run) / args.adapter, Path(args.run)]

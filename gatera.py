@@ -375,7 +375,8 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     wrong += [f"unexpected {name}" for name in tensors if name not in own]
     wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
               for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    wrong += [f"{name} holds nan or inf" for name in own if name in tensors and not tensors[name].float().isfinite().all()]
+    wrong += [f"{name} holds nan or inf" for name in own
+              if name in tensors and not tensors[name].float().isfinite().all()]
     if wrong:
         if fresh:
             remove_adapters(model)  # leave the base as it was
@@ -403,8 +404,8 @@ def read_adapter_config(directory) -> AdapterConfig:
     """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
     file = Path(directory) / "adapter.json"
     if not file.exists():
-        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one that "
-                        "peft wrote")
+        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
+                        "that peft wrote")
     raw = read_json(file)
     if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
         raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")

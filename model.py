@@ -623,7 +623,7 @@ def _open_gguf(path: Path, changed: int):
     from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
 
     class Reader(GGUFReader):
-        """gguf's, which reads on after the end of a file: a damaged length can keep it busy until the memory is full."""
+        """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
 
         def _get(self, offset, dtype, count=1, **order):
             found = super()._get(offset, dtype, count, **order)

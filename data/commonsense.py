@@ -90,7 +90,7 @@ def cloze_form(record: dict) -> list[tuple[str, str]]:
 def to_text(record: dict, form: str) -> list[tuple[str, str]]:
     """[(prompt, answer)] for each choice of a record. UserError where there is nothing of an answer to score."""
     pairs = {"label": label_form, "cloze": cloze_form}[form](record)
-    if not all(answer.strip() for _, answer in pairs):  # a HellaSwag choice of tags alone, a WinoGrande blank at the end
+    if not all(answer.strip() for _, answer in pairs):  # a choice of [tags] alone, a blank at the end
         raise UserError(f"a {record['task']} choice without text in {form} form: {record['question']!r}, "
                         f"{record['choices']}")
     return pairs

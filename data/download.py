@@ -266,7 +266,8 @@ class Flags(argparse.ArgumentParser):
     """argparse, but for its errors: they are collected, and an unknown flag gets the closest that there is."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
         self.wrong = []
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's takes -1e-3 for a flag
 
@@ -278,7 +279,8 @@ class Flags(argparse.ArgumentParser):
         # the value of an unknown flag is no error of its own
         for word in [word for word in unknown if word.startswith("--")] or unknown:
             close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            self.wrong.append(f"unknown argument {word}" + (f" (did you mean {close[0]}?)" if close else "; see --help"))
+            hint = f" (did you mean {close[0]}?)" if close else "; see --help"
+            self.wrong.append(f"unknown argument {word}{hint}")
         known.wrong = self.wrong
         return known
 

@@ -376,7 +376,8 @@ def main(argv: list[str] | None = None) -> None:
     tasks = [task for word in args.tasks for task in word.split(",")]  # as people write them for train.py, too
     problems = [*args.wrong, unwritable(args.out)]
     if args.source not in ("auto", "hub", "index") and not Path(args.source).is_dir():
-        problems.append(f"--source {args.source}: expected auto, hub, index, or a directory like LLM-Adapters' dataset/")
+        problems.append(f"--source {args.source}: expected auto, hub, index, or a directory like LLM-Adapters' "
+                        "dataset/")
     if wrong := [problem for problem in problems if problem]:
         raise UserError("; ".join(wrong))
     prepare(list(TASKS) if tasks == ["all"] else tasks, source=args.source, out=args.out)

@@ -26,7 +26,7 @@ from test_model import write_gguf  # noqa: E402
 
 from data.commonsense import FORMS, scoring_questions, training_question  # noqa: E402
 from data.download import Flags, UserError  # noqa: E402
-from data.prepare import TASKS, load_records, prepare  # noqa: E402
+from data.prepare import load_records, prepare  # noqa: E402
 from gatera import AdapterConfig, adapter_state, export_peft, inject_adapters, load_adapter, save_adapter  # noqa: E402
 from model import Transformer, load_tokenizer  # noqa: E402
 
@@ -66,7 +66,8 @@ def damage_json(raw, dice: random.Random):
     elif kind == 3 and isinstance(parent, dict):
         parent[dice.choice([f"{key} ", "\ud800", "extra"])] = parent.pop(key)
     elif kind == 4 and isinstance(parent[key], (int, float)):
-        parent[key] = dice.choice([-parent[key], parent[key] + 1, parent[key] * 2, parent[key] / 3, parent[key] * 2**40])
+        n = parent[key]
+        parent[key] = dice.choice([-n, n + 1, n * 2, n / 3, n * 2**40])
     else:
         parent[key] = dice.choice(ODD)
     return raw
@@ -81,7 +82,7 @@ def damage_bytes(content: bytes, dice: random.Random, head: int) -> bytes:
     elif kind == 1:
         content[i:i] = dice.choice([b"\0", b"\xff", b"\xff" * 8, b"{", b"[" * 100_000, b"\n", b"9" * 5000])
     elif kind == 2:
-        content[i:i + 8] = dice.choice([b"\xff" * 8, b"\0" * 8, (2**40).to_bytes(8, "little"), b"\xff\xff\xff\x7f\0\0\0\0"])
+        content[i:i + 8] = dice.choice((0, 2**31 - 1, 2**40, 2**64 - 1)).to_bytes(8, "little")
     elif kind == 3:
         j = dice.randrange(end)
         content[i:i] = content[j:j + dice.randrange(64)]
@@ -147,8 +148,8 @@ def build(root: Path) -> dict:
         save(model, root / name)
     for task in ("piqa", "hellaswag"):
         shutil.copytree(SAMPLE / task, root / "records" / task)
-    items = [{"instruction": f"Please choose the correct solution to the question: {i}\n\nSolution1: a\n\nSolution2: b\n\n"
-              "Answer format: solution1/solution2", "input": "", "output": "the correct answer is solution1",
+    items = [{"instruction": f"Please choose the correct solution to the question: {i}\n\nSolution1: a\n\nSolution2: b"
+              "\n\nAnswer format: solution1/solution2", "input": "", "output": "the correct answer is solution1",
               "answer": "solution1"} for i in range(3)]
     (root / "papers" / "piqa").mkdir(parents=True)
     (root / "papers" / "piqa" / "test.json").write_text(json.dumps(items))
@@ -208,6 +209,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
         counts, wrong = fuzz(args.tries, args.seed, Path(directory))
     for kind in dict.fromkeys(kind for kind, _ in counts):
-        print(f"{kind:<10}" + "".join(f"{counts[kind, outcome]:>6} {outcome}" for outcome in ("loaded", "refused", "crashed")))
+        print(f"{kind:<10}", *(f"{counts[kind, outcome]:>5} {outcome}" for outcome in ("loaded", "refused", "crashed")))
     print("\n".join(wrong) or f"{args.tries} tries, no traceback")
     sys.exit(bool(wrong))
