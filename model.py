@@ -648,10 +648,10 @@ def _open_gguf(path: Path, changed: int):
     class Reader(GGUFReader):
         """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
 
-        def _get(self, offset, dtype, count=1, **order):
-            found = super()._get(offset, dtype, count, **order)
-            if len(found) != count:
-                raise ValueError(f"{count} values at byte {offset} are not all there")
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = GGUFReader._get(self, offset, dtype, count, override_order)
+            if not found.size and count:
+                raise ValueError(f"there is nothing at byte {offset}, where {count} values should be")
             return found
 
         def _get_field_parts(self, offset, kind, *more):
