@@ -40,11 +40,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.download import UserError, run_command
-from data.prepare import SPLITS, TASKS, load_records
+from data.download import Flags, UserError, read_json, run_command, unwritable
+from data.prepare import TASKS, load_records
 from gatera import (adapter_state, adapters_off, cached_products, checksum, export_peft, gate_values, gated_layers,
                     load_adapter, merge_adapters, write_atomically)
-from model import KVCache, Tokenizer, Transformer, load_tokenizer, read_json, save_pretrained
+from model import KVCache, Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 PROTOCOLS = (*FORMS, "generate")
 
@@ -676,6 +676,9 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
     compute in it, float16 on older ones."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "bfloat16" and where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8:
+        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
+                        "float32")
     if dtype != "auto":
         return where, getattr(torch, dtype)
     if where.type == "cpu":
@@ -685,15 +688,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 # -------------------------------------------------------------------------------------------- command line
 
-def refuse(message: str):
-    """In place of argparse's own error(), which prints a page of usage."""
-    raise UserError(f"{message}; see --help")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = refuse
+    parser = Flags(description=__doc__)
     parser.add_argument("--run", help="a run directory of train.py, or a directory with an adapter")
     parser.add_argument("--adapter", choices=("best", "last"), default="best", help="which of the run's adapters")
     parser.add_argument("--init", help="a base model, as in train.py; with --run the run's own")
@@ -722,7 +718,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     """The tasks, the adapter's directory and the run's config.json; UserError with everything that is wrong."""
-    adapter, facts, wrong = None, {}, []
+    adapter, facts, wrong = None, {}, args.wrong
     if args.run:
         places = [Path(args.run) / args.adapter, Path(args.run)]
         adapter = next((place for place in places if (place / "adapter.safetensors").exists()
@@ -730,6 +726,9 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         configs = [place / "config.json" for place in (Path(args.run), Path(args.run).parent)]
         configs = [path for path in configs if path.exists()]
         facts = read_json(configs[0]) if configs else {}  # of the run, also for one of its adapters
+        run = facts.get("config", {})
+        if not isinstance(run, dict) or not isinstance(run.get("init", ""), str):
+            raise UserError(f"{configs[0]}: not the config.json of a run")
         if not Path(args.run).is_dir():
             wrong.append(f"{args.run}: no such directory")
         elif adapter is None:
@@ -751,8 +750,9 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         wrong.append("nothing to evaluate: pass --run DIRECTORY or --init MODEL")
     elif modes in (["gates"], ["export"]) and not args.run:
         wrong.append(f"--{modes[0]} needs --run DIRECTORY")
-    if args.out and Path(args.out).is_file():
-        wrong.append(f"--out {args.out}: a file is there; expected a directory")
+    target = args.export[1] if args.export else args.out or args.run or "out"
+    if modes != ["compare"] and (problem := unwritable(Path(target), empty=bool(args.export))):
+        wrong.append(f"--{'export' if args.export else 'out'} {problem}")
     wrong += device_problems(args.device)
     if wrong:
         raise UserError("; ".join(wrong))
@@ -792,6 +792,8 @@ def main(argv: list[str] | None = None) -> dict:
     limit = args.limit or (10 if args.gates else None)
     needed = [] if args.export or args.prompt is not None else tasks
     records = {task: load_records(task, args.split, **extra)[:limit] for task in needed}
+    for record in (record for several in records.values() for record in several):
+        to_text(record, protocol if protocol in FORMS else "label")  # one without a text is refused before all else
     tokenizer = load_tokenizer(base)
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
     max_len = args.max_len or min(run.get("max_len", 512), model.config.max_len)

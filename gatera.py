@@ -31,12 +31,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
-from data.download import UserError
-from model import Recomputing, hugging_face_name
+from data.download import UserError, read_json, reading
+from model import Recomputing, hugging_face_name, is_number
 
 METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
 
@@ -56,18 +56,21 @@ class AdapterConfig:
     def __post_init__(self):
         if isinstance(self.targets, str):
             raise UserError(f"adapter: targets {self.targets!r}; expected a list of layer names")
-        self.targets = tuple(self.targets)
+        self.targets, below_one = tuple(self.targets), math.nextafter(1, 0)
         wrong = [f"{name} {value!r}; expected {expected}" for name, value, fine, expected in (
             ("method", self.method, self.method in METHODS, "one of " + ", ".join(METHODS)),
             ("gate", self.gate, self.gate in GATES, "one of " + ", ".join(GATES)),
-            ("r", self.r, isinstance(self.r, int) and self.r > 0, "a positive whole number"),
-            ("alpha", self.alpha, self.alpha is None or self.alpha > 0, "a positive number"),
-            ("gate_bias", self.gate_bias, math.isfinite(self.gate_bias), "a finite number"),
-            ("dropout", self.dropout, 0 <= self.dropout < 1, "a number from 0 up to, not including, 1"),
-            ("skip_closed", self.skip_closed, 0 <= self.skip_closed < 1, "a number from 0 up to, not including, 1"),
+            ("r", self.r, isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),
+            ("alpha", self.alpha, self.alpha is None or is_number(self.alpha, 1e-12, 1e12), "a positive number"),
+            ("rslora", self.rslora, isinstance(self.rslora, bool), "true or false"),
+            ("gate_bias", self.gate_bias, is_number(self.gate_bias, -1e6, 1e6), "a finite number up to 1e6"),
+            ("dropout", self.dropout, is_number(self.dropout, 0, below_one), "a number from 0 up to, not including, 1"),
+            ("skip_closed", self.skip_closed, is_number(self.skip_closed, 0, below_one),
+             "a number from 0 up to, not including, 1"),
             ("skip_closed", self.skip_closed, self.skip_closed == 0 or (self.method, self.gate) == ("hira", "token"),
              "0, but for hira with a token gate: elsewhere there is nothing to save"),
-            ("targets", self.targets, len(self.targets) > 0, "at least one layer name"),
+            ("targets", self.targets, self.targets and all(isinstance(name, str) and name for name in self.targets),
+             "at least one layer name, and no empty one"),
         ) if not fine]
         if wrong:
             raise UserError("adapter: " + "; ".join(wrong))
@@ -350,12 +353,16 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     file = Path(directory) / "adapter.safetensors"
     if (Path(directory) / "adapter_config.json").exists() and not file.exists():
         file = Path(directory) / "adapter_model.safetensors"
-        config, tensors = read_peft(model, file)
+        with reading(Path(directory)):
+            config, tensors = read_peft(model, file)
     else:
         config, tensors = read_adapter_config(directory), read_tensors(file)
     fresh = not gated_layers(model)
     if fresh:
-        inject_adapters(model, config)
+        try:
+            inject_adapters(model, config)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
     elif model.adapter_config != config:
         raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
     own = adapter_state(model)
@@ -363,6 +370,8 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     wrong += [f"unexpected {name}" for name in tensors if name not in own]
     wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
               for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    wrong += [f"{name} holds nan or inf" for name in own
+              if name in tensors and not tensors[name].float().isfinite().all()]
     if wrong:
         if fresh:
             remove_adapters(model)  # leave the base as it was
@@ -376,14 +385,11 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; UserError if it is not there or not whole."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-            expected = (handle.metadata() or {}).get("sha256")
-    except FileNotFoundError:
-        raise UserError(f"{file}: not found") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: broken or truncated ({error})") from None
+    if not file.exists():
+        raise UserError(f"{file}: not found")
+    with reading(file), safe_open(file, framework="pt") as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+        expected = (handle.metadata() or {}).get("sha256")
     if expected not in (None, checksum(tensors)):
         raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
     return tensors
@@ -392,16 +398,14 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def read_adapter_config(directory) -> AdapterConfig:
     """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
     file = Path(directory) / "adapter.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
-            raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
-        return AdapterConfig(**raw)
-    except FileNotFoundError:
+    if not file.exists():
         raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
-                        "that peft wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{file}: not an adapter's configuration ({error})") from None
+                        "that peft wrote")
+    raw = read_json(file)
+    if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
+        raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
+    with reading(file):
+        return AdapterConfig(**raw)
 
 
 @torch.no_grad()
@@ -523,11 +527,10 @@ def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, to
     """The AdapterConfig and the tensors, by our names, that peft or `export_peft` wrote. UserError names the file and
     what no AdapterConfig expresses, what is missing and what is surplus."""
     where = file.with_name("adapter_config.json")
-    try:
-        raw = json.loads(where.read_text(encoding="utf-8"))
-        kind, r, wanted = raw["peft_type"], raw["r"], raw["target_modules"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not an adapter's configuration ({error!r})") from None
+    raw = read_json(where)
+    if missing := [name for name in ("peft_type", "r", "target_modules") if name not in raw]:
+        raise UserError(f"{where}: not an adapter's configuration; no {' and no '.join(missing)}")
+    kind, r, wanted = raw["peft_type"], raw["r"], raw["target_modules"]
     init = raw.get("init_lora_weights", True)
     wrong = [f"peft_type {kind}, only LORA and HIRA"] if kind not in ("LORA", "HIRA") else []
     wrong += [f"r {r!r}"] if not isinstance(r, int) or r < 1 else []
@@ -576,10 +579,8 @@ def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, to
     targets = dict.fromkeys(name.split(".")[-2] for name, tensor in tensors.items() if tensor.any())
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[-2] in targets}
     own_r, root = r // n if in_blocks else r, math.sqrt if raw.get("use_rslora") else float
-    try:
+    with reading(where):
         config = AdapterConfig(method, "none", own_r, rslora=bool(raw.get("use_rslora")), targets=targets,
                                alpha=None if method == "hira" else raw.get("lora_alpha", 8) / root(r) * root(own_r),
                                dropout=raw.get("hira_dropout" if method == "hira" else "lora_dropout", 0.0))
-    except (TypeError, UserError) as error:
-        raise UserError(f"{where}: {error}") from None
     return config, tensors

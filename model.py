@@ -28,14 +28,19 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from data.download import UserError, fetch_model, smollm2_135m
+from data.download import UserError, fetch_model, read_json, reading, shards, smollm2_135m
 
 
 # ---------------------------------------------------------------------------------------------- config
+
+def is_number(value, least: float, most: float) -> bool:
+    """Whether `value`, from a file perhaps, is a number in a range; what is no text, no True, not nan."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
 
 @dataclass
 class TransformerConfig:
@@ -59,15 +64,36 @@ class TransformerConfig:
     rope_scaling: dict | None = None # Llama 3.1's frequencies, see `inverse_frequencies`
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "n_head", "d_model", "d_ff", "max_len"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected a positive whole number")
+        # Sizes end beyond those of any model: a damaged config must not make one that fills the memory.
+        most = dict(vocab_size=2**20, n_layer=2**10, n_head=2**12, d_model=2**20, d_ff=2**20, max_len=2**31,
+                    n_kv_head=2**12, head_dim=2**12)
+        for name, value in vars(self).items():
+            if name in most:
+                least, expected = name not in ("n_kv_head", "head_dim"), f"a positive whole number up to {most[name]}"
+                fine = isinstance(value, int) and is_number(value, least, most[name])
+            elif name in ("norm_eps", "rope_theta"):
+                least, greatest = (0, 1) if name == "norm_eps" else (1, 1e12)
+                fine, expected = is_number(value, least, greatest), f"a number from {least} to {greatest}"
+            elif name in ("attention_bias", "mlp_bias", "tied_head"):
+                fine, expected = isinstance(value, bool), "true or false"
+            else:
+                continue
+            if not fine:
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
+        if not self.head_dim:
+            raise ValueError(f"d_model is {self.d_model}, expected a channel or more for each of {self.n_head} heads")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
         if self.positions == "rotary" and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, and rotary positions turn pairs of channels")
+        scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
+        numbers = scaling.get("factors") or list(scaling.values())
+        if not all(is_number(value, 1e-12, 1e12) for value in numbers):
+            raise ValueError(f"rope_scaling is {scaling}, expected positive numbers")
+        if "factors" in scaling and len(numbers) != self.head_dim // 2:
+            raise ValueError(f"{len(numbers)} rotation speeds, expected {self.head_dim // 2}")
 
     @classmethod
     def from_name(cls, name: str) -> "TransformerConfig":
@@ -512,36 +538,24 @@ def find_model(name_or_path: str) -> Path:
     return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
-        return raw
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found; a model directory needs config.json, *.safetensors and tokenizer "
-                        "files") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
 def read_directory(directory: Path):
     """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}/config.json: not found; a model directory needs config.json, *.safetensors and "
+                        "tokenizer files")
     raw = read_json(directory / "config.json")
     family = raw.get("model_type")
     if family not in ("gpt2", "llama"):
         raise UserError(f"{directory}: architecture '{family}' is not supported; gpt2 and llama are")
-    try:
-        config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
-    except KeyError as error:
-        raise UserError(f"{directory / 'config.json'}: field {error} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / 'config.json'}: {error}") from None
-    if (directory / "model.safetensors.index.json").exists():
-        names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
-    files = [directory / Path(name).name for name in names]
+    with reading(directory / "config.json"):
+        try:
+            config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
+        except KeyError as error:
+            raise UserError(f"field {error} is missing") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    index = directory / "model.safetensors.index.json"
+    files = shards(index) if index.exists() else [directory / "model.safetensors"]
     for file in files:
         if not file.exists():
             raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
@@ -549,12 +563,9 @@ def read_directory(directory: Path):
     def weights():
         rename = gpt2_weights if family == "gpt2" else llama_weights
         for file in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for key in tensors.keys():
-                        yield from rename(key, tensors.get_tensor(key), config)
-            except SafetensorError as error:
-                raise UserError(f"{file}: broken or truncated ({error}); fetch it again") from None
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    yield from rename(key, tensors.get_tensor(key), config)
     return config, weights()
 
 
@@ -591,8 +602,8 @@ def llama_config(raw: dict) -> TransformerConfig:
         vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=raw["num_attention_heads"],
         n_kv_head=raw.get("num_key_value_heads") or 0, head_dim=raw.get("head_dim") or 0, d_model=raw["hidden_size"],
         d_ff=raw["intermediate_size"], max_len=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
-        attention_bias=raw.get("attention_bias", False), mlp_bias=raw.get("mlp_bias", False),
-        tied_head=raw.get("tie_word_embeddings", False), rope_theta=rope.get("rope_theta", 10000.0),
+        attention_bias=raw.get("attention_bias") or False, mlp_bias=raw.get("mlp_bias") or False,
+        tied_head=raw.get("tie_word_embeddings") or False, rope_theta=rope.get("rope_theta", 10000.0),
         rope_scaling=scaling)
 
 
@@ -713,21 +724,32 @@ def open_gguf(path: Path):
 
 @lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
 def _open_gguf(path: Path, changed: int):
-    from gguf import GGUFReader  # only those who use a .gguf pay for the import
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({error}); fetch it again") from None
+    from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
+
+    class Reader(GGUFReader):
+        """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = GGUFReader._get(self, offset, dtype, count, override_order)
+            if not found.size and count:
+                raise ValueError(f"there is nothing at byte {offset}, where {count} values should be")
+            return found
+
+        def _get_field_parts(self, offset, kind, *more):
+            if kind == GGUFValueType.ARRAY and self._get(offset + 4, "uint64")[0] > 2**20:
+                raise ValueError(f"a list at byte {offset} is longer than any vocabulary")
+            return super()._get_field_parts(offset, kind, *more)
+
+    with reading(path):
+        return Reader(path)
 
 
 def gguf_field(reader, path: Path, key: str, *default):
     """A value of a .gguf file's metadata. UserError where there is none and no default, or where it is broken."""
-    try:
-        return reader.fields[key].contents() if key in reader.fields or not default else default[0]
-    except KeyError:
-        raise UserError(f"{path}: the metadata has no {key}") from None
-    except (UnicodeDecodeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({key}: {error}); fetch it again") from None
+    if key not in reader.fields and not default:
+        raise UserError(f"{path}: the metadata has no {key}")
+    with reading(path):
+        return reader.fields[key].contents() if key in reader.fields else default[0]
 
 
 def read_gguf(path: Path):
@@ -742,10 +764,12 @@ def read_gguf(path: Path):
         raise UserError(f"{path}: rope scaling '{field('llama.rope.scaling.type')}' is not supported in .gguf files")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     get = lambda tensor: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # noqa: E731
-    try:
+    with reading(path):
         n_head, scaling = field("llama.attention.head_count"), None
         if "rope_freqs.weight" in tensors:
             scaling = {"rope_type": "factors", "factors": get(tensors.pop("rope_freqs.weight")).tolist()}
+        if "token_embd.weight" not in tensors:
+            raise UserError("the tensor token_embd.weight is missing")
         config = TransformerConfig(
             vocab_size=int(tensors["token_embd.weight"].shape[1]), n_layer=field("llama.block_count"), n_head=n_head,
             n_kv_head=field("llama.attention.head_count_kv", n_head), head_dim=field("llama.attention.key_length", 0),
@@ -754,25 +778,22 @@ def read_gguf(path: Path):
             tied_head="output.weight" not in tensors, rope_theta=field("llama.rope.freq_base", 10000.0),
             attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
             rope_scaling=scaling)
-    except KeyError as error:
-        raise UserError(f"{path}: the tensor {error} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a Llama model's metadata: {error}") from None
 
     def weights():
         for key, packed in tensors.items():
-            tensor = get(packed)
-            prefix = ""
-            if key.startswith("blk."):
-                _, layer, key = key.split(".", 2)
-                prefix = f"blocks.{layer}."
-            name, _, kind = key.rpartition(".")
-            if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
-                # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
-                # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
-                shape = tensor.shape
-                tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-            yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
+            with reading(path):
+                tensor = get(packed)
+                prefix = ""
+                if key.startswith("blk."):
+                    _, layer, key = key.split(".", 2)
+                    prefix = f"blocks.{layer}."
+                name, _, kind = key.rpartition(".")
+                if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
+                    # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
+                    # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
+                    shape = tensor.shape
+                    tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+                yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
     return config, weights()
 
 
@@ -795,14 +816,17 @@ class Tokenizer:
         import tiktoken
         self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
         # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
+        used = [*ranks.values(), *(i for i in (eos, bos) if i is not None)]
+        self.smallest, self.largest = min(used), max(used)
         self.split, self.tokenless = split, bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self.special = special  # {name: id} of the tokens that no text encodes to
         self.eos = eos  # ends a text
         self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
 
     def encode(self, text: str) -> list[int]:
-        drop = lambda piece: piece.encode("utf-8", "replace").translate(None, self.tokenless)  # noqa: E731
-        if not self.tokenless or len(drop(text)) == len(text.encode("utf-8", "replace")):
+        text = text.encode("utf-8", "replace").decode()  # half of a character, \ud800, becomes "?"
+        drop = lambda piece: piece.encode().translate(None, self.tokenless)  # noqa: E731
+        if not self.tokenless or len(drop(text)) == len(text.encode()):
             return self.encoding.encode_ordinary(text)
         # As Hugging Face does: bytes without a token vanish after the split into words and before the merges.
         # (tiktoken would abort.)
@@ -842,25 +866,41 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
     path = find_model(name_or_path)
     if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
-    if (path / "tokenizer.json").exists():
-        return json_tokenizer(path)
-    for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-        if (path / vocab).exists() and (path / merges).exists():
-            vocabulary = read_json(path / vocab)
-            end = "<|endoftext|>"
-            special = {end: vocabulary[end]} if end in vocabulary else {}
-            lines = (path / merges).read_text(encoding="utf-8").split("\n")
-            lines = [line for line in lines if line and not line.startswith("#version")]
-            ranks = byte_ranks(vocabulary, set(special), lines, path / merges)
-            return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end))
-    kind = "; it has a SentencePiece model, which is not byte-level BPE" if (path / "tokenizer.model").exists() else ""
-    raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
+        file, load = path, gguf_tokenizer
+    elif (path / "tokenizer.json").exists():
+        file, load = path / "tokenizer.json", json_tokenizer
+    else:
+        file, load = path / ("vocab.json" if (path / "vocab.json").exists() else "encoder.json"), gpt2_tokenizer
+    with reading(file):
+        tokenizer, size = load(file)
+        if tokenizer.smallest < 0 or tokenizer.largest >= size:  # else some later step would ask for a row of the
+            raise UserError(f"ids from {tokenizer.smallest} to {tokenizer.largest}, but the model has a vocabulary of "
+                            f"{size}: not its tokenizer")     # embedding that is not there
+    return tokenizer
 
 
-def json_tokenizer(directory: Path) -> Tokenizer:
-    file = directory / "tokenizer.json"
-    raw = read_json(file)
+def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
+    merges = vocab.with_name("merges.txt" if vocab.name == "vocab.json" else "vocab.bpe")
+    if not vocab.exists() or not merges.exists():
+        model = vocab.with_name("tokenizer.model").exists()
+        kind = "; it has a SentencePiece model, which is not byte-level BPE" if model else ""
+        raise UserError(f"{vocab.parent}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
+    vocabulary, end = read_json(vocab), "<|endoftext|>"
+    special = {end: vocabulary[end]} if end in vocabulary else {}
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    lines = [line for line in lines if line and not line.startswith("#version")]
+    ranks = byte_ranks(vocabulary, set(special), lines, merges)
+    return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end)), model_vocabulary(vocab.parent)
+
+
+def model_vocabulary(directory: Path) -> int | float:
+    """The vocab_size in config.json; without limit for a tokenizer that is on its own."""
+    config = directory / "config.json"
+    return read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
+
+
+def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
+    raw, directory = read_json(file), file.parent
     model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     kinds = [step.get("type") for step in steps]
@@ -889,11 +929,11 @@ def json_tokenizer(directory: Path) -> Tokenizer:
     template = raw.get("post_processor") or {}
     template = [step for step in template.get("processors", [template]) if step.get("type") == "TemplateProcessing"]
     first = template[0]["single"][0].get("SpecialToken", {}).get("id") if template else None
-    return Tokenizer(directory.name, split, ranks, special, special.get(eos, eos if isinstance(eos, int) else None),
-                     special.get(first))
+    eos = special.get(eos, eos if isinstance(eos, int) else None)
+    return Tokenizer(directory.name, split, ranks, special, eos, special.get(first)), model_vocabulary(directory)
 
 
-def gguf_tokenizer(file: Path) -> Tokenizer:
+def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     get = partial(gguf_field, open_gguf(file), file)
     kind, split = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", None)
     if kind != "gpt2" or split not in SPLIT:
@@ -906,13 +946,14 @@ def gguf_tokenizer(file: Path) -> Tokenizer:
     ranks = byte_ranks(vocabulary, set(special), get("tokenizer.ggml.merges"), file)
     add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
     bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
-    return Tokenizer(file.stem, SPLIT[split], ranks, special, get("tokenizer.ggml.eos_token_id", None), bos)
+    eos = get("tokenizer.ggml.eos_token_id", None)
+    return Tokenizer(file.stem, SPLIT[split], ranks, special, eos, bos), len(tokens)
 
 
 def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     """A .gguf file's tokenizer as tokenizer.json and tokenizer_config.json. Returns the ids that config.json names."""
     get = partial(gguf_field, open_gguf(file), file)
-    tokenizer, tokens = gguf_tokenizer(file), get("tokenizer.ggml.tokens")
+    tokenizer, tokens = load_tokenizer(file), get("tokenizer.ggml.tokens")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": tokenizer.split}, "behavior": "Isolated", "invert": False}
     steps = {"gpt-2": [byte_level], "smollm": [{"type": "Digits", "individual_digits": True}, byte_level],

@@ -10,7 +10,6 @@ adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load
 """
 import argparse
 import dataclasses
-import difflib
 import inspect
 import itertools
 import json
@@ -28,9 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from data.commonsense import FORMS, pack, training_question
-from data.download import UserError, run_command
+from data.download import Flags, UserError, run_command, unwritable
 from data.prepare import TASKS, count_repeated, hold_out, load_records, prepare
-from eval import device_problems, evaluate, headline, pick_device, refuse
+from eval import device_problems, evaluate, headline, pick_device
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
                     inject_adapters, load_adapter, save_adapter, write_atomically)
 from model import Transformer, load_tokenizer
@@ -97,30 +96,16 @@ def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
     # every field of Config ends in a comment, which is its help
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = refuse
+    parser = Flags(description=__doc__)
     config_fields = dataclasses.fields(Config)
     for field in config_fields:
         flag, text = "--" + field.name.replace("_", "-"), f"{comments[field.name]} [{field.default}]".replace("%", "%%")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(flag, metavar=field.type.__name__.upper(), help=text)
-    known, unknown = parser.parse_known_args(argv)
-    wrong, given = [], {}
-    names = [action.option_strings[0] for action in parser._actions]
-    for word in unknown:
-        close = difflib.get_close_matches(word.split("=")[0], names, n=1)
-        wrong.append(f"unknown argument {word}" + (f" (did you mean {close[0]}?)" if close else ""))
-    for field in config_fields:
-        text = getattr(known, field.name)
-        if text is not None:
-            try:
-                given[field.name] = field.type(text)
-            except ValueError:
-                kind = {int: "a whole number", float: "a number"}[field.type]
-                wrong.append(f"--{field.name.replace('_', '-')} {text}: expected {kind}")
+            parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(), help=text)
+    known = parser.parse_args(argv)
+    wrong, given = known.wrong, {f.name: value for f in config_fields if (value := getattr(known, f.name)) is not None}
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
@@ -143,7 +128,7 @@ def check(c: Config) -> list[str]:
         (c.peft != "gatera" or c.gate == "token",
          f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
         (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
-        (not unknown, f"--tasks {', '.join(unknown)}: expected all or some of {', '.join(TASKS)}"),
+        (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
         (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
         (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
         (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
@@ -171,8 +156,8 @@ def check(c: Config) -> list[str]:
 
 def out_problems(out: Path) -> list[str]:
     """A run may replace an earlier run, which is moved aside, but nothing else that is already there."""
-    if out.is_file() or any(parent.is_file() for parent in out.parents):
-        return [f"--out {out}: a file is there; expected a directory"]
+    if problem := unwritable(out):
+        return [f"--out {problem}"]
     if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
         return [f"--out {out}: the directory holds other things than a run; expected a new or empty one"]
     return []

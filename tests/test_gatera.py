@@ -285,7 +285,7 @@ BROKEN = {
     "broken or truncated": lambda d: (d / "adapter.safetensors").write_bytes((d / "adapter.safetensors").read_bytes()[:-9]),
     "adapter.safetensors: not found": lambda d: (d / "adapter.safetensors").unlink(),
     "adapter.json: not found": lambda d: (d / "adapter.json").unlink(),
-    "adapter.json: not an adapter's configuration": lambda d: (d / "adapter.json").write_text("[1"),
+    "adapter.json: not valid JSON": lambda d: (d / "adapter.json").write_text("[1"),
     "adapter.json: unknown fields colour": lambda d: (d / "adapter.json").write_text(json.dumps({"colour": 1})),
 }
 

@@ -326,8 +326,8 @@ REFUSED = {
     "adapter_model.safetensors: broken or truncated": lambda d: (d / "adapter_model.safetensors").write_bytes(
         (d / "adapter_model.safetensors").read_bytes()[:-9]),
     "adapter_model.safetensors: not found": lambda d: (d / "adapter_model.safetensors").unlink(),
-    "adapter_config.json: not an adapter's configuration": lambda d: (d / "adapter_config.json").write_text("[1, 2"),
-    "adapter_config.json: not an adapter's configuration .*peft_type": lambda d: (d / "adapter_config.json").write_text("{}"),
+    "adapter_config.json: not valid JSON": lambda d: (d / "adapter_config.json").write_text("[1, 2"),
+    "adapter_config.json: not an adapter's configuration; no peft_type": lambda d: (d / "adapter_config.json").write_text("{}"),
     "or one that peft wrote": lambda d: (d / "adapter_config.json").unlink(),
 }
 

@@ -332,6 +332,7 @@ def endpoint(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # in case it was imported offline
     download.hub_reachable.cache_clear()
     yield server
     download.hub_reachable.cache_clear()
@@ -509,9 +510,10 @@ def test_wheel_that_cannot_be_had(pip, cache, step, tries, word):
 
 def test_damaged_cache_entry_is_fetched_again(pip, cache):
     (cache / "wheels").mkdir(parents=True)
-    (cache / "wheels" / "tiny-1.0.whl").write_bytes(WHEEL[:20])
-    pip.plan("good")
-    assert download.fetch_wheel(*TINY).read_bytes() == WHEEL
+    for damaged in (WHEEL[:20], bytes(len(WHEEL))):  # of another size, or of the right one
+        (cache / "wheels" / "tiny-1.0.whl").write_bytes(damaged)
+        pip.plan("good")
+        assert download.fetch_wheel(*TINY).read_bytes() == WHEEL
 
 
 def test_interrupt_ends_pip(pip, cache, monkeypatch):
@@ -530,18 +532,24 @@ def test_interrupt_ends_pip(pip, cache, monkeypatch):
 
 def test_member_is_extracted_by_its_basename(pip, cache):
     pip.plan("good")
-    path = download.fetch_member(*TINY, "../../evil.txt", hashlib.sha256(b"out").hexdigest(), 3)
+    path = download.fetch_member(*TINY, "../../evil.txt", hashlib.sha256(b"out").hexdigest())
     assert path == cache / "tiny-1.0" / "evil.txt" and path.read_bytes() == b"out"
     assert files_in(cache) == ["evil.txt"]  # the wheel is gone, its bytes are not held twice
-    assert download.fetch_member(*TINY, "../../evil.txt", hashlib.sha256(b"out").hexdigest(), 3) == path
+    assert download.fetch_member(*TINY, "../../evil.txt", hashlib.sha256(b"out").hexdigest()) == path
 
 
-def test_member_of_a_damaged_wheel(pip, cache):
-    (cache / "wheels").mkdir(parents=True)
-    (cache / "wheels" / "tiny-1.0.whl").write_bytes(bytes(len(WHEEL)))  # the right size only
-    with pytest.raises(UserError, match="tiny-1.0.whl: broken .*; delete it"):
-        download.fetch_member(*TINY, "tiny/data.txt", hashlib.sha256(b"hello").hexdigest(), 5)
+def test_member_that_is_not_the_published_one(pip, cache):
+    pip.plan("good")
+    with pytest.raises(UserError, match="tiny-1.0.whl: broken .*another SHA-256.*; delete it"):
+        download.fetch_member(*TINY, "tiny/data.txt", hashlib.sha256(b"other").hexdigest())
     assert files_in(cache) == ["tiny-1.0.whl"]
+
+
+def test_damaged_member_in_the_cache_is_fetched_again(pip, cache):
+    (cache / "tiny-1.0").mkdir(parents=True)
+    (cache / "tiny-1.0" / "data.txt").write_bytes(b"jello")
+    pip.plan("good")
+    assert download.fetch_member(*TINY, "tiny/data.txt", hashlib.sha256(b"hello").hexdigest()).read_bytes() == b"hello"
 
 
 def test_with_the_real_pip(cache, monkeypatch, tmp_path, capsys):

@@ -1,0 +1,590 @@
+"""Bad input: one clear line on stderr, exit status 2, no traceback, nothing written; and loading never runs code.
+
+    python -m pytest tests/test_input.py
+
+A row of CASES is a program, its arguments, the words that its one line must hold, and perhaps what is damaged before.
+The hub further down is a web server on this machine, and its client the real huggingface_hub.
+"""
+import ast
+import gzip
+import http.server
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import fuzz
+import train
+from conftest import VOCAB, write_gpt2, write_llama
+from data import download, prepare
+from data.download import UserError, run_command
+from gatera import AdapterConfig, inject_adapters, load_adapter, save_adapter
+from model import Transformer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "data" / "sample"
+PROGRAMS = {"train": train.main, "eval": evaluation.main, "prepare": prepare.main}
+# What every row begins with; a row's own flags come later, and the last one counts.
+COMMON = {
+    "train": "--init llama --data data --tasks piqa --out out/new --peft lora --r 2 --warmup 0 --validation 1 "
+             "--epochs 1 --device cpu",
+    "eval": "--init llama --data data --tasks piqa --out scores --device cpu",
+    "prepare": "--source papers --out prepared",
+}
+
+
+# --------------------------------------------------------------------------------------- a place to do damage in
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Two tiny bases, a run, the sample records, and a file that is in the way."""
+    root = tmp_path_factory.mktemp("template")
+    write_llama(root / "llama")
+    write_llama(root / "wide", d=48)
+    write_gpt2(root / "gpt2like")
+    write_llama(root / "shards", shards=2)
+    for task in ("piqa", "hellaswag"):
+        shutil.copytree(SAMPLE / task, root / "data" / task)
+    model = Transformer.from_pretrained(root / "llama")
+    inject_adapters(model, AdapterConfig("lora", "none", r=2))
+    save_adapter(model, root / "run" / "best")
+    (root / "run" / "config.json").write_text(json.dumps({"config": {"init": "llama", "form": "cloze"}}))
+    (root / "run" / "metrics.jsonl").write_text("{}\n")
+    (root / "papers").mkdir()
+    (root / "file.txt").write_text("not to be touched\n")
+    (root / "full").mkdir()
+    (root / "full" / "diary.txt").write_text("not to be touched either\n")
+    return root
+
+
+@pytest.fixture
+def place(template, tmp_path, monkeypatch):
+    """The current directory of a test: a copy of the template."""
+    shutil.copytree(template, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def snapshot(directory: Path) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
+
+
+def refused(main, capsys) -> str:
+    """The one line with which a program ends, without "error: "."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith("error: ") and err.endswith("\n")
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+    return err.removeprefix("error: ")
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+def write(file, content):
+    return lambda: Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def change(file, **fields):
+    return lambda: Path(file).write_text(json.dumps(json.loads(Path(file).read_text()) | fields))
+
+
+def line(number, content):
+    """Replaces one line of the training records."""
+    def replace():
+        file = Path("data/piqa/train.jsonl")
+        lines = file.read_bytes().split(b"\n")
+        lines[number - 1] = content if isinstance(content, bytes) else json.dumps(content).encode()
+        file.write_bytes(b"\n".join(lines))
+    return replace
+
+
+def tensors(file, **changed):
+    return lambda: save_file(load_file(file) | changed, file)
+
+
+def several(*damages):
+    return lambda: [damage() for damage in damages]
+
+
+def remove(path):
+    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+GOOD = {"task": "piqa", "question": "To open a door,", "choices": ["push it.", "eat it."], "label": 0}
+PAPER = {"instruction": "Please choose the correct solution to the question: q\n\nSolution1: a\n\nSolution2: b\n\n"
+         "Answer format: solution1/solution2", "input": "", "output": "the correct answer is solution1",
+         "answer": "solution1"}
+RECORD = "data/piqa/train.jsonl, line 2: "
+CASES = [
+    # flags: unknown, malformed, without a value, of another program, several wrong at once
+    ("train", "--lrr 1", "unknown argument --lrr (did you mean --lr?)"),
+    ("train", "--bath 8 --r x --lr -1",
+     "--r x: expected a whole number; unknown argument --bath (did you mean --batch?); --lr -1.0: expected"),
+    ("train", "--protocol cloze", "unknown argument --protocol; see --help"),
+    ("train", "piqa", "unknown argument piqa"),
+    ("train", "--lr", "--lr: expected one argument; see --help"),
+    ("train", "--lr --r 4", "--lr: expected one argument; see --help"),
+    ("train", "--compile=3", "--compile"),
+    ("train", "--batch 1e9", "--batch 1e9: expected a whole number"),
+    ("train", "--batch 2.5", "--batch 2.5: expected a whole number"),
+    ("train", "--lr fast", "--lr fast: expected a number"),
+    ("train", "--out ''", "--out : expected a value"),
+    ("train", "--tasks ''", "--tasks : expected a value"),
+    ("train", f"--seed {'9' * 5000}", "expected a whole number"),
+    ("eval", "--taks piqa --limit few --protocol vibes", "--limit few: expected a whole number; --protocol vibes: "
+     "expected one of cloze, label"),
+    ("eval", "--taks piqa", "unknown argument --taks (did you mean --tasks?)"),
+    ("eval", "--lr 1e-3", "unknown argument --lr"),
+    ("eval", "--limit", "--limit: expected one argument"),
+    ("eval", "--adapter newest --dtype int4",
+     "--adapter newest: expected one of best, last; --dtype int4: expected one of"),
+    ("eval", "--data ''", "--data : expected a value"),
+    ("eval", "--export hf", "--export: expected 2 arguments"),
+    ("prepare", "--task piqa --sauce hub", "unknown argument --task (did you mean --tasks?); unknown argument --sauce "
+     "(did you mean --source?)"),
+    ("prepare", "--tasks", "--tasks: expected at least one argument"),
+    # values that cannot be
+    ("train", "--r 0", "r 0; expected a positive whole number"),
+    ("train", "--r -3", "r -3; expected a positive whole number"),
+    ("train", "--r 33", "r 33 is larger than the smallest adapted matrix side"),
+    ("train", "--r 99999999999", "r 99999999999 is larger than the smallest adapted matrix side"),
+    ("train", "--lr -1e-3", "--lr -0.001: expected a number above 0, up to 1"),
+    ("train", "--lr nan", "--lr nan: expected"),
+    ("train", "--lr inf", "--lr inf: expected"),
+    ("train", "--lr 0", "--lr 0.0: expected a number above 0"),
+    ("train", "--lr -inf", "--lr -inf: expected a number above 0"),
+    ("train", "--gate-lr inf", "--gate-lr inf: expected a finite number"),
+    ("train", "--alpha -1", "alpha -1.0; expected a positive number"),
+    ("train", "--alpha nan", "--alpha nan: expected a finite number"),
+    ("train", "--dropout 1.5", "dropout 1.5; expected a number from 0"),
+    ("train", "--batch 0", "--batch 0: expected 1 or more"),
+    ("train", "--micro-batch -1 --epochs 0", "--epochs 0: expected 1 or more; --micro-batch -1: expected 0 or more"),
+    ("train", "--seed -1", "--seed -1: expected a whole number from 0"),
+    ("train", "--clip nan", "--clip nan: expected"),
+    ("train", "--warmup 99999", "--warmup 99999 is not shorter than the run of"),
+    ("train", "--warmup 5 --max-steps 5", "--warmup 5: expected less than --max-steps 5"),
+    ("train", "--validation 99999999999", "--validation 99999999999: only 1 "),
+    ("train", "--max-len 8", "--max-len 8: expected 16 or more"),
+    ("train", "--max-len 99999999999", "--max-len 99999999999 is longer than the base's context of 512"),
+    ("train", "--targets attention",
+     "no layer is named attention; this model has down_proj, gate_proj, head, k_proj, o_proj"),
+    ("train", "--targets ,", "expected at least one layer name, and no empty one"),
+    ("train", "--tasks ,", "--tasks ,: expected all or some of boolq, piqa"),
+    ("train", "--tasks piqa,arc", "--tasks arc: expected all or some of boolq"),
+    ("train", "--tasks piqa,piqa", "a task is named twice"),
+    ("train", "--peft ia3", "--peft ia3: expected one of lora, dora, hira, gatera"),
+    ("train", "--peft lora --gate soft", "gate 'soft'; expected one of none, token, static"),
+    ("train", "--preset slowstart", "--preset slowstart: expected one of quickstart"),
+    ("train", "--device tpu", "--device tpu: expected auto, cpu, cuda or cuda:N"),
+    ("train", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
+    ("eval", "--limit -1 --max-len 3", "--limit -1; expected 0 (all) or more; --max-len 3; expected 16 or more"),
+    ("eval", "--max-len 4096", "--max-len 4096 is longer than the base's context of 512"),
+    ("eval", "--tasks ,", "unknown task ''; expected all or boolq"),
+    ("eval", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
+    ("eval", "--export onnx dir", "--export onnx; expected hf or peft"),
+    ("prepare", "--tasks arc", "no task is called arc; expected boolq, piqa"),
+    ("prepare", "--tasks piqa,arc", "no task is called arc"),
+    # places to write to
+    ("train", "--out file.txt", "--out file.txt: a file is there; expected a directory"),
+    ("train", "--out file.txt/run", "--out file.txt/run: a file is there; expected a directory"),
+    ("train", "--out full", "--out full: the directory holds other things than a run"),
+    ("train", "--out .", "--out .: the directory holds other things than a run"),
+    ("eval", "--out file.txt", "--out file.txt: a file is there; expected a directory"),
+    ("eval", "--run run --export hf file.txt", "--export file.txt: a file is there; expected a directory"),
+    ("eval", "--run run --export hf gpt2like",
+     "--export gpt2like: the directory is not empty; expected a new or empty one"),
+    ("eval", "--run run --export peft run/best", "--export run/best: the directory is not empty"),
+    ("prepare", "--out file.txt", "file.txt: a file is there; expected a directory"),
+    # records
+    ("train", "--data nowhere", "nowhere/piqa/train.jsonl: No such file or directory; expected records"),
+    ("train", "--data file.txt", "file.txt/piqa/train.jsonl: Not a directory; expected records"),
+    ("train", "", "data/piqa/train.jsonl: Is a directory", several(remove("data/piqa/train.jsonl"),
+                                                                  lambda: Path("data/piqa/train.jsonl").mkdir())),
+    ("train", "", "data/piqa/train.jsonl: empty; expected one record a line", write("data/piqa/train.jsonl", b"")),
+    ("train", "", "data/piqa/train.jsonl, line 1: not valid JSON", write("data/piqa/train.jsonl", b"\n\n")),
+    ("train", "", RECORD + "not valid JSON: byte 14 is not UTF-8", line(2, b'{"question": "\xe9"}')),
+    ("train", "", RECORD + "not valid JSON (Expecting", line(2, b"{question: 1}")),
+    ("train", "", RECORD + "not valid JSON (maximum recursion depth", line(2, b"[" * 200_000)),
+    ("train", "", RECORD + "not valid JSON (Exceeds the limit", line(2, b"9" * 5000)),
+    ("train", "", RECORD + "expected an object with task, question, choices and label", line(2, [1])),
+    ("train", "", RECORD + "no label", line(2, {k: v for k, v in GOOD.items() if k != "label"})),
+    ("train", "", RECORD + "no choices and no label", line(2, {"task": "piqa", "question": "q"})),
+    ("train", "", RECORD + "task is 'boolq', expected 'piqa'", line(2, GOOD | {"task": "boolq"})),
+    ("train", "", RECORD + "label is 2, expected a whole number from 0 to 1", line(2, GOOD | {"label": 2})),
+    ("train", "", RECORD + "label is '0', expected a whole number", line(2, GOOD | {"label": "0"})),
+    ("train", "", RECORD + "label is nan, expected a whole number", line(2, GOOD | {"label": float("nan")})),
+    ("train", "", RECORD + "3 choices, expected 2", line(2, GOOD | {"choices": ["a", "b", "c"]})),
+    ("train", "", RECORD + "question must be a text that is not empty", line(2, GOOD | {"question": " "})),
+    ("train", "", RECORD + "a text holds '\\ud800', which is half of a character",
+     line(2, GOOD | {"question": "\ud800"})),
+    ("train", "", RECORD + "100,023 characters, expected up to 30,000", line(2, GOOD | {"question": "[" * 100_008})),
+    ("eval", "--data nowhere", "nowhere/piqa/test.jsonl: No such file or directory"),
+    ("eval", "", "data/piqa/test.jsonl, line 1: not valid JSON", write("data/piqa/test.jsonl", b"PK\x03\x04")),
+    ("eval", "--tasks hellaswag", "a hellaswag choice without text", write("data/hellaswag/test.jsonl", json.dumps(
+        {"task": "hellaswag", "question": "Rest: sit.", "choices": ["a", "[step]", "c", "d"], "label": 0}))),
+    ("prepare", "--source nowhere", "--source nowhere: expected auto, hub, index, or a directory"),
+    ("prepare", "--tasks piqa", "no piqa/train.json or .json.gz in it"),
+    ("prepare", "--tasks piqa", "papers/piqa/train.json.gz: broken or truncated",
+     several(lambda: Path("papers/piqa").mkdir(), write("papers/piqa/train.json.gz", gzip.compress(b"[]" * 99)[:-9]))),
+    ("prepare", "--tasks piqa", "papers/piqa/train.json, record 2: not a record of piqa", several(
+        lambda: Path("papers/piqa").mkdir(),
+        write("papers/piqa/train.json", json.dumps([PAPER, PAPER | {"answer": "b"}])))),
+    # bases
+    ("train", "--init full", "full: no tokenizer.json, nor vocab.json with merges.txt"),
+    ("train", "--init llama", "llama/config.json: not found; a model directory needs", remove("llama/config.json")),
+    ("train", "--init ./nowhere", "./nowhere: no such model file or directory"),
+    ("train", "--init nowhere/tiny.gguf", "nowhere/tiny.gguf: no such model file or directory"),
+    ("train", "--init file.txt", "file.txt: neither a directory nor a .gguf file"),
+    ("train", "--init some/model", "some/model: not in the local cache, and the hub cannot be reached"),
+    ("eval", "--init some/model", "HF_ENDPOINT to a mirror"),
+    ("train", "--init tiny.gguf", "tiny.gguf: broken or truncated", write("tiny.gguf", b"GGUF\3\0\0\0" + b"\xff" * 64)),
+    ("train", "", "llama/config.json: n_layer is 1000000000, expected a positive", change("llama/config.json",
+     num_hidden_layers=10**9)),
+    ("train", "", "llama/config.json: tied_head is 'no', expected true or false", change("llama/config.json",
+     tie_word_embeddings="no")),
+    ("train", "", "llama/config.json: n_head is 0, expected a positive whole number", change("llama/config.json",
+     num_attention_heads=0)),
+    ("train", "", "rope_scaling is {'factor': 0", change("llama/config.json", rope_scaling={
+        "rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 8})),
+    ("train", "", "llama/tokenizer.json: ids from 0 to 262, but the model has a vocabulary of 99",
+     change("llama/config.json", vocab_size=99)),
+    ("train", "", "llama/tokenizer.json: broken or truncated", change("llama/tokenizer.json", added_tokens=3)),
+    ("train", "", "names no end-of-text token", remove("llama/tokenizer_config.json"),
+     change("llama/config.json", eos_token_id=None)),
+    ("train", "--init shards",
+     "model.safetensors.index.json: names '../llama/model.safetensors'; expected .safetensors files of "
+     "the same directory",
+     change("shards/model.safetensors.index.json", weight_map={"a": "../llama/model.safetensors"})),
+    ("train", "--init shards", "index.json: names '..'", change("shards/model.safetensors.index.json",
+     weight_map={"a": ".."})),
+    ("train", "--init shards", "index.json: broken or truncated", change("shards/model.safetensors.index.json",
+     weight_map=3)),
+    ("train", "--init shards", "model-00002-of-00002.safetensors: not found",
+     remove("shards/model-00002-of-00002.safetensors")),
+    # adapters and runs
+    ("eval", "--run nowhere", "nowhere: no such directory"),
+    ("eval", "--run full", "full: no adapter there; looked for full/best/adapter.safetensors"),
+    ("eval", "--run run --adapter last", "run: no adapter there; looked for run/last/adapter.safetensors"),
+    ("eval", "--run run --init wide", "run/best/adapter.safetensors: does not fit this base model"),
+    ("eval", "--run run --init gpt2like", "run/best/adapter.safetensors: does not fit this base model"),
+    ("eval", "--run run", "run/best/adapter.safetensors: its contents do not match their checksum", lambda: Path(
+        "run/best/adapter.safetensors").write_bytes(Path("run/best/adapter.safetensors").read_bytes()[:-1] + b"?")),
+    ("eval", "--run run", "blocks.0.attn.q_proj.A holds nan or inf",
+     tensors("run/best/adapter.safetensors", **{"blocks.0.attn.q_proj.A": torch.full((2, 32), float("nan"))})),
+    ("eval", "--run run", "unexpected ../../evil.A", tensors("run/best/adapter.safetensors",
+     **{"../../evil.A": torch.ones(1)})),
+    ("eval", "--run run", "run/best/adapter.json: adapter: r '2'; expected", change("run/best/adapter.json", r="2")),
+    ("eval", "--run run", "alpha", change("run/best/adapter.json", alpha=10**400)),
+    ("eval", "--run run", "run/best/adapter.json: unknown fields colour", change("run/best/adapter.json", colour=1)),
+    ("eval", "--run run", "run/config.json: not valid JSON", write("run/config.json", "{")),
+    ("eval", "--run run", "run/config.json: not the config.json of a run", change("run/config.json", config=[])),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{i}-{row[0]}: {row[1] or row[2]}"[:60] for i, row in enumerate(CASES)])
+def test_bad_input_is_one_line_and_writes_nothing(case, place, capsys, monkeypatch):
+    program, flags, words, *damages = case
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(place / "hub"))
+    download.hub_reachable.cache_clear()
+    for damage in damages:
+        damage()
+    before = snapshot(place)
+    argv = shlex.split(COMMON[program]) + shlex.split(flags)
+    assert words in refused(lambda: PROGRAMS[program](argv), capsys)
+    assert snapshot(place) == before
+    download.hub_reachable.cache_clear()
+
+
+@pytest.mark.parametrize("program, flags, words", [
+    ("train.py", "--lrr 1 --tasks arc",
+     "unknown argument --lrr (did you mean --lr?); --tasks arc: expected all or some of"),
+    ("train.py", COMMON["train"] + " --data nowhere", "nowhere/piqa/train.jsonl: No such file or directory"),
+    ("eval.py", "--limt 3", "unknown argument --limt (did you mean --limit?); nothing to evaluate"),
+    ("data/prepare.py", "--source nowhere", "--source nowhere: expected auto, hub, index, or a directory"),
+])
+def test_the_programs_end_with_the_line_and_status_2(program, flags, words, place):
+    before = snapshot(place)
+    done = subprocess.run([sys.executable, ROOT / program, *shlex.split(flags)], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"error: {words}")
+    assert done.stdout == "" and snapshot(place) == before
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_output_without_permission_is_noticed_before_the_work(program, place, capsys, monkeypatch):
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place / "full" and allowed(path, mode))
+    argv = shlex.split(COMMON[program]) + ["--out", str(place / "full" / "new")]
+    assert f"full/new: no permission to write to {place}/full" in refused(lambda: PROGRAMS[program](argv), capsys)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(place, capsys):
+    Path("data/piqa/train.jsonl").chmod(0)
+    line = refused(lambda: train.main(shlex.split(COMMON["train"])), capsys)
+    assert "data/piqa/train.jsonl: Permission denied" in line
+
+
+def old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_gpus_that_are_not_there_or_too_old(program, place, capsys, monkeypatch):
+    argv = shlex.split(COMMON[program])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = refused(lambda: PROGRAMS[program]([*argv, "--device", "cuda"]), capsys)
+    assert "--device cuda: no such CUDA GPU here, of 0; use --device cpu" in line
+    old_gpu(monkeypatch)
+    for device in ("auto", "cuda"):
+        line = refused(lambda: PROGRAMS[program]([*argv, "--device", device, "--dtype", "bfloat16"]), capsys)
+        assert "--dtype bfloat16: Old GPU does not compute in it; use float16 or float32" in line
+    assert evaluation.pick_device("auto", "auto") == (torch.device("cuda"), torch.float16)
+
+
+def test_odd_names_and_texts_are_printed_somehow(place, capsys):
+    """A name that is no UTF-8, as Linux allows, and a line break: still one line."""
+    odd = "x\udcff\ny"
+    assert "x\\udcff y" in refused(lambda: train.main([*shlex.split(COMMON["train"]), "--data", odd]), capsys)
+
+
+# --------------------------------------------------------------------------------------------------- the fuzzer
+
+def test_damaged_files_end_in_one_line_or_load(tmp_path):
+    """2,000 tries and more: python tests/fuzz.py --tries 2000"""
+    counts, wrong = fuzz.fuzz(500, seed=1, root=tmp_path)
+    assert not wrong, "\n".join(wrong)
+    for kind in {kind for kind, _ in counts}:  # neither does all damage go unnoticed, nor is everything refused
+        assert counts[kind, "refused"] and counts[kind, "loaded"], kind
+
+
+# ----------------------------------------------------------------------------------- loading runs and reads no more
+
+FORBIDDEN_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "imp"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.jit.load",
+                   "torch.hub.load", "numpy.load", "np.load", "importlib.import_module"}
+FORBIDDEN_ARGUMENTS = {"shell", "trust_remote_code", "allow_pickle"}
+
+
+@pytest.mark.parametrize("file", sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]), ids=lambda file: file.name)
+def test_no_file_has_a_way_to_run_what_it_loads(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+            assert not {module.split(".")[0] for module in modules} & FORBIDDEN_MODULES, node.lineno
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, node.lineno
+            assert not any(keyword.arg in FORBIDDEN_ARGUMENTS for keyword in node.keywords), node.lineno
+            assert not ast.unparse(node.func).endswith("extractall"), node.lineno  # names in archives choose no place
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __reduce__(self):
+        return Path.write_text, (Path("sprung"), "code ran")
+
+
+def test_code_and_pickles_beside_a_model_stay_untouched(place, capsys):
+    torch.save({"trap": Trap()}, place / "llama" / "pytorch_model.bin")
+    torch.save({"trap": Trap()}, place / "run" / "best" / "adapter_model.bin")
+    (place / "llama" / "modeling_llama.py").write_text("open('sprung', 'w')")
+    change("llama/config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.Model"})()
+    load_adapter(Transformer.from_pretrained("llama"), "run/best")
+    load_tokenizer("llama")
+    (place / "llama" / "model.safetensors").unlink()
+    (place / "run" / "best" / "adapter.safetensors").unlink()
+    line = refused(lambda: evaluation.main(shlex.split(COMMON["eval"])), capsys)
+    assert "llama/model.safetensors: not found; only safetensors are read (pickled .bin files can run code)" in line
+    line = refused(lambda: evaluation.main([*shlex.split(COMMON["eval"]), "--run", "run"]), capsys)
+    assert "no adapter there" in line
+    assert not (place / "sprung").exists()
+    torch.load(place / "llama" / "pytorch_model.bin", weights_only=False)  # the trap does work
+    assert (place / "sprung").exists()
+
+
+def test_a_pickle_by_the_name_of_safetensors_is_no_safetensors(place):
+    torch.save({"trap": Trap()}, place / "llama" / "model.safetensors")
+    torch.save({"trap": Trap()}, place / "run" / "best" / "adapter.safetensors")
+    other = Transformer.from_pretrained("wide")
+    for load in (lambda: Transformer.from_pretrained("llama"), lambda: load_adapter(other, "run/best")):
+        with pytest.raises(UserError, match="broken or truncated"):
+            load()
+    assert not (place / "sprung").exists()
+
+
+def test_links_to_a_model_and_inside_it_are_followed(place):
+    """The hub's cache is made of them."""
+    (place / "blob").write_bytes((place / "llama" / "model.safetensors").read_bytes())
+    (place / "llama" / "model.safetensors").unlink()
+    (place / "llama" / "model.safetensors").symlink_to("../blob")
+    (place / "link").symlink_to("llama")
+    ids = torch.arange(9)[None] % VOCAB
+    assert torch.equal(Transformer.from_pretrained("link")(ids), Transformer.from_pretrained("llama")(ids))
+
+
+def test_a_token_is_written_nowhere(place, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    train.main([*shlex.split(COMMON["train"]), "--test", "1"])
+    evaluation.main([*shlex.split(COMMON["eval"]), "--run", "out/new"])
+    said = capsys.readouterr()
+    assert "secretsecret" not in said.out + said.err
+    assert not any(b"secretsecret" in path.read_bytes() for path in place.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("401 for https://me:pass@mirror.org/some/model?token=abc&x=1 now\nmore",
+     "401 for https://mirror.org/some/model now"),
+    ("('https://cdn.org/file?X-Amz-Signature=abc', 'x')", "('https://cdn.org/file', 'x')"),
+    ("Bearer hf_AbC123 is not valid", "Bearer hf_... is not valid"),
+    ("", "ValueError"),
+    ("plain https://mirror.org/some/model", "plain https://mirror.org/some/model"),
+])
+def test_errors_of_libraries_are_shown_without_secrets(text, shown):
+    assert download.first_line(ValueError(text)) == shown
+
+
+# ------------------------------------------------------------------------------------- a hub on this machine
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks a hub for, about one model; `server.mode` says how it misbehaves."""
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server, path = self.server, self.path.split("?")[0]
+        server.asked.append((self.command, path, self.headers.get("Authorization")))
+        refusals = {"missing": (404, "RepoNotFound"), "licence": (403, "GatedRepo"), "token": (401, "RepoNotFound"),
+                    "forbidden": (403, None), "error": (500, None)}
+        if path == "/":
+            self.answer(b"")
+        elif server.mode in refusals:
+            status, code = refusals[server.mode]
+            self.answer(b"{}", status, **({"X-Error-Code": code} if code else {}))
+        elif path.startswith("/api/models/some/model/tree/"):
+            self.answer(json.dumps([{"type": "file", "path": name, "size": len(content), "oid": COMMIT}
+                                    for name, content in server.files.items()]).encode())
+        elif path.startswith("/api/models/some/model"):
+            self.answer(json.dumps({"id": "some/model", "sha": COMMIT, "siblings": [
+                {"rfilename": name} for name in server.files]}).encode())
+        elif path.rpartition("/")[2] not in server.files:
+            self.answer(b"{}", 404)
+        else:
+            tag = f'"{path.encode().hex()[-40:]}"'
+            self.answer(server.files[path.rpartition("/")[2]], ETag=tag, **{"X-Repo-Commit": COMMIT})
+
+    def answer(self, content, status=200, **headers):
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.send_response(206 if start and status == 200 else status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        cut = self.server.mode in ("cut", "cut once") and self.path.endswith("/model.safetensors")
+        if self.server.mode == "slow" and cut is False and self.path.endswith("config.json"):
+            time.sleep(1)
+        self.wfile.write(content[start:start + 1000] if cut else content[start:])
+        if cut:  # the line breaks: the rest never comes
+            self.server.mode = "well" if self.server.mode == "cut once" else "cut"
+            self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(template, tmp_path):
+    """A hub with one tiny model, and `fetch(mode)`: what a program that wants this model prints and leaves behind."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {path.name: path.read_bytes() for path in (template / "llama").iterdir()}
+    server.files["pytorch_model.bin"] = b"a pickle"
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_secretsecret",
+                   "HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"), "HF_HUB_OFFLINE": "0",
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "NO_PROXY": "127.0.0.1"}
+    # fetch_model is all of the programs that touches the hub's models; without torch it starts in a moment
+    program = "from data.download import *; run_command(lambda: print(fetch_model('some/model')))"
+
+    def fetch(mode):
+        server.mode = mode
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+
+    yield types.SimpleNamespace(fetch=fetch, server=server, cache=tmp_path / "hf")
+    server.shutdown()
+
+
+def test_a_model_comes_from_the_hub_once_and_without_pickles(hub, tmp_path):
+    done = hub.fetch("slow")
+    assert done.returncode == 0, done.stderr
+    directory = Path(done.stdout.strip().splitlines()[-1])
+    assert Transformer.from_pretrained(directory).config.n_layer == 2 and load_tokenizer(directory).eos == VOCAB - 1
+    assert not any(path.endswith(".bin") for _, path, _ in hub.server.asked)
+    hub.server.asked.clear()
+    assert hub.fetch("error").stdout == done.stdout and not hub.server.asked  # now from the cache, without the hub
+
+
+@pytest.mark.parametrize("mode, words", [
+    ("missing", "some/model: the hub has no such model (a private one needs HF_TOKEN)"),
+    ("token", "some/model: the hub has no such model (a private one needs HF_TOKEN)"),
+    ("licence", "some/model: accept its licence at http://127.0.0.1:"),
+    ("forbidden", "some/model: download failed ("),
+    ("error", "some/model: download failed ("),
+    ("cut", "some/model: download failed ("),
+])
+def test_a_hub_that_refuses_or_breaks_off_is_one_line_and_leaves_nothing_half(mode, words, hub):
+    done = hub.fetch(mode)
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("Fetching")]  # a progress bar
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"error: {words}") and "secretsecret" not in done.stderr
+    assert "run again" in lines[0] or "HF_TOKEN" in lines[0]
+    for path in hub.cache.rglob("*"):
+        assert "secretsecret" not in path.name and not (path.is_file() and b"secretsecret" in path.read_bytes())
+        assert not path.name.endswith(".safetensors"), path  # nothing that a later run takes for whole
+    done = hub.fetch("well")  # and the next run gets it all
+    assert done.returncode == 0, done.stderr
+    directory = Path(done.stdout.strip().splitlines()[-1])
+    assert (directory / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+
+
+def test_a_download_that_breaks_off_goes_on(hub):
+    done = hub.fetch("cut once")
+    assert done.returncode == 0, done.stderr
+    directory = Path(done.stdout.strip().splitlines()[-1])
+    assert (directory / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+
+
+def test_a_hub_that_is_not_there(hub):
+    hub.server.shutdown()
+    hub.server.server_close()
+    started, done = time.monotonic(), hub.fetch("well")
+    assert done.returncode == 2 and "not in the local cache, and the hub cannot be reached; go online" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and time.monotonic() - started < 10
