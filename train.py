@@ -5,35 +5,46 @@
     python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
     python train.py --help
 
-A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), and the
-adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read.
+    python train.py --resume out/quickstart                    # a run that was interrupted goes on, bit by bit the same
+    torchrun --nproc_per_node=4 train.py --init gpt2-medium    # four processes share each batch
+
+A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
+adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, from
+which --resume goes on.
 """
 import argparse
 import dataclasses
 import difflib
+import fcntl
+import hashlib
 import inspect
 import itertools
 import json
 import math
+import os
 import platform
 import random
 import re
 import resource
+import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records, prepare
 from eval import device_problems, evaluate, headline, pick_device, refuse
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
-                    inject_adapters, load_adapter, save_adapter, write_atomically)
-from model import Transformer, load_tokenizer
+                    inject_adapters, load_adapter, read_tensors, save_adapter, write_atomically, write_tensors)
+from model import Transformer, load_tokenizer, read_json
 
 
 # ----------------------------------------------------------------------------------------- configuration
@@ -44,6 +55,7 @@ class Config:
     preset: str = ""                # a named set of other defaults: quickstart
     init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, a .gguf file
     out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
+    resume: str = ""                # go on with the run in this directory, with its settings
     # the method
     peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
     gate: str = ""                  # none, token or static; default: token for gatera, none for the others
@@ -75,6 +87,7 @@ class Config:
     validation: int = 120           # records held out of the training records
     eval_every: int = 200           # steps between validations
     log_every: int = 10             # steps between progress lines
+    save_every: int = 100           # steps between checkpoints, from which --resume goes on
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
@@ -90,6 +103,9 @@ PRESETS = {
                        validation=40, eval_every=20, log_every=2, test=200),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What --resume may set anew: it changes no step, or only how many there are. (Another --data must hold the same records.)
+MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
+              "test", "device", "compile", "checkpointing")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
 
 
@@ -124,7 +140,13 @@ def parse(argv: list[str]) -> Config:
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    config = Config(**(PRESETS.get(preset, {}) | given))
+    recorded = recorded_config(Path(given["resume"])) if given.get("resume") else {}
+    wrong += [f"--{name.replace('_', '-')} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
+              if name not in MAY_CHANGE and given.get(name, value) != value]
+    config = Config(**(PRESETS.get(preset, {}) | recorded | given))
+    if config.resume:
+        wrong += [f"--out {config.out}: a run is resumed where it is"] if "out" in given else []
+        config.out = config.resume
     config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
     base = Path(config.init).name.removesuffix(".gguf")
     config.out = config.out or f"out/{preset or f'{base}-{config.peft}-{config.gate}'}"
@@ -154,7 +176,7 @@ def check(c: Config) -> list[str]:
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
-              for name in ("batch", "epochs", "eval_every", "log_every")]
+              for name in ("batch", "epochs", "eval_every", "log_every", "save_every")]
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
               for name in ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup",
                            "clip", "validation", "test")]
@@ -176,6 +198,15 @@ def out_problems(out: Path) -> list[str]:
     if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
         return [f"--out {out}: the directory holds other things than a run; expected a new or empty one"]
     return []
+
+
+def recorded_config(out: Path) -> dict:
+    """The settings of the run in `out`. Its dtype is no longer "auto": what that meant, it has to mean again."""
+    facts = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if not {"config", "dtype", "steps", "data_sha256"} <= set(facts):
+        raise UserError(f"--resume {out}: there is no run; expected a directory with the config.json of one")
+    known = {field.name for field in dataclasses.fields(Config)}
+    return {k: v for k, v in facts["config"].items() if k in known} | {"dtype": facts["dtype"].removeprefix("torch.")}
 
 
 def task_names(c: Config) -> list[str]:
@@ -268,26 +299,120 @@ def progress(line: dict, steps: int) -> str:
             f"{line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
 
 
-def keep_earlier_run(out: Path) -> None:
-    """Moves a run that is already in `out` aside, to out-1, out-2, ...: a new run overwrites nothing."""
-    if (out / "metrics.jsonl").exists():
-        aside = next(path for i in itertools.count(1) if not (path := out.with_name(f"{out.name}-{i}")).exists())
-        out.rename(aside)
-        print(f"the earlier run in {out} is now in {aside}")
-
-
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+# --------------------------------------------------------------------------------- interruptions and faults
+
+class Run:
+    """A run's directory, of which one process at a time is the owner. state.safetensors is one file, replaced as a whole,
+    so that a new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from
+    the seed and the step's number, as the order of the data does."""
+
+    def __init__(self, out: Path):
+        self.out, self.state, self.metrics, self.step = out, out / "state.safetensors", None, None
+
+    def start(self, resuming: bool):
+        """Becomes the owner. Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
+        if not resuming and (self.out / "metrics.jsonl").exists():
+            self.lock()
+            aside = next(p for i in itertools.count(1) if not (p := self.out.with_name(f"{self.out.name}-{i}")).exists())
+            self.out.rename(aside)
+            self.metrics.close()
+            print(f"the earlier run in {self.out} is now in {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        for half in self.out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            half.unlink()
+
+    def lock(self):
+        self.metrics = open(self.out / "metrics.jsonl", "a")
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
+        except BlockingIOError:
+            self.metrics.close()
+            raise UserError(f"--out {self.out}: another run is writing there; wait for it, or choose another") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def record(self, line: dict):
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+
+    def save(self, step: int, model, optimizer, **info):
+        """All that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
+        os.fsync(self.metrics.fileno())
+        info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
+        tensors = adapter_state(model)
+        moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
+        write_tensors(self.state, tensors | moments, json.dumps(info))
+        self.step = step
+        save_adapter(model, self.out / "last")
+
+    def load(self, model, optimizer) -> dict:
+        """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
+        if not self.state.exists():
+            return {}
+        tensors, info = read_tensors(self.state, with_info=True)
+        info, own = json.loads(info), adapter_state(model)
+        names = {p: name for name, p in own.items()}
+        state = optimizer.state_dict()
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        state["state"] = {i: {key: tensors[f"{names[p]}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                          for i, p in enumerate(order)}
+        optimizer.load_state_dict(state)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+        self.step = info["step"]
+        return info
+
+    def advice(self) -> str:
+        if self.step is None:
+            return "nothing was saved yet"
+        return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
+                f"python train.py --resume {shlex.quote(str(self.out))}")
+
+
+class Signals:
+    """Between `catch` and `release`, Ctrl-C and SIGTERM are noted in `caught`, for the loop to stop after the step in
+    hand. A second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.caught, self.before = [], {}
+
+    def catch(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        self.caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
+    run, signals = Run(Path(c.out)), Signals()
+    try:
+        return train(c, run, signals)
+    finally:
+        signals.release()
+        if run.metrics:
+            run.metrics.close()
+
+
+def train(c: Config, run: Run, signals: Signals) -> dict:
     device, dtype = pick_device(c.device, c.dtype)
-    out = Path(c.out)
-    started = time.time()
+    out, started = run.out, time.time()
 
     # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
     tokenizer = load_tokenizer(c.init)
@@ -327,23 +452,38 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
           f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
-    keep_earlier_run(out)
-    metrics = out / "metrics.jsonl"
-    facts = {"config": dataclasses.asdict(c), "adapter": dataclasses.asdict(base.adapter_config), "steps": steps,
-             "base_parameters": n_base, "trainable_parameters": n_trainable, "device": str(device), "dtype": str(dtype),
-             "torch": torch.__version__, "python": platform.python_version()}
+    digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
+    facts = {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(base.adapter_config),
+             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable, "data_sha256": digest,
+             "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
+             "python": platform.python_version()}
+    first, best, cut = 0, math.inf, 0  # step; lowest validation loss; prompts that were too long
+    run.start(bool(c.resume))
+    if c.resume and (saved := run.load(base, optimizer)):
+        first, best, cut = saved["step"], saved["best"], saved["cut"]
+        scaler.load_state_dict(saved["scaler"])
+        earlier = read_json(out / "config.json")
+        if earlier["data_sha256"] != digest:
+            raise UserError(f"--resume {out}: the training or validation records have changed since the run began")
+        if first > steps:
+            raise UserError(f"--resume {out}: {first} steps are done already, more than the {steps} wanted")
+        run.metrics.truncate(saved["metrics"])  # lines of steps that were not saved come again
+        print(f"going on after {first} of {steps} steps")
+        if earlier["steps"] != steps:
+            rates = (c.lr * learning_rate(first, n, c) for n in (earlier["steps"], steps))
+            print(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} and "
+                  f"decays to 0 at step {steps}".format(*rates))
+    else:
+        run.metrics.truncate(0)
+        run.record(facts)
     write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
-    metrics.write_text(json.dumps(facts) + "\n")
-
-    def record(line: dict):
-        with open(metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
 
     # ------------------------------------------------------------------------------------------- the loop
-    order = batches(len(train_records), c)
-    best, cut = math.inf, 0                              # lowest validation loss; prompts that were too long
+    order = itertools.islice(batches(len(train_records), c), first, None)
     tokens_since, clock_since = 0, time.time()           # of the present progress line
-    for step in range(steps):
+    signals.catch()
+    for step in range(first, steps):
+        torch.manual_seed(random.Random(f"{c.seed} {step}").getrandbits(63))  # dropout is the same after a --resume
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
         questions = [encode(train_records[i]) for i in next(order)]
@@ -381,20 +521,25 @@ def main(argv: list[str] | None = None) -> dict:
             line |= {"tokens_per_s": tokens_since / (now - clock_since), "memory_gib": peak_memory(device)}
             left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
             tokens_since, clock_since = 0, now
-            record(line)
+            run.record(line)
             print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
             paused = time.time()
             value = validation_loss(model, validation, autocast, device, size)
             if not math.isfinite(value):
                 raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32")
-            record({"step": step, "validation_loss": value})
+            run.record({"step": step, "validation_loss": value})
             print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
                 best = value
                 save_adapter(base, out / "best")
             clock_since += time.time() - paused
-    save_adapter(base, out / "last")
+        if signals.caught or is_last or (step + 1) % c.save_every == 0:
+            run.save(step + 1, base, optimizer, best=best, cut=cut, scaler=scaler.state_dict())
+        if signals.caught:
+            print(f"interrupted; {run.advice()}")
+            sys.exit(128 + signals.caught[0])
+    signals.release()
     if validation:
         load_adapter(base, out / "best")
     else:
