@@ -32,11 +32,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
@@ -94,6 +98,7 @@ class Config:
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
+    fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
 
 
 PRESETS = {
@@ -105,7 +110,7 @@ PRESETS = {
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What --resume may set anew: it changes no step, or only how many there are. (Another --data must hold the same records.)
 MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
-              "test", "device", "compile", "checkpointing")
+              "test", "device", "compile", "checkpointing", "fsdp")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
 
 
@@ -174,6 +179,8 @@ def check(c: Config) -> list[str]:
         (not c.max_steps or c.warmup < c.max_steps,
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
+        (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
+        (not c.fsdp or "RANK" in os.environ, "--fsdp: start it with torchrun --nproc_per_node=N train.py ..."),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
               for name in ("batch", "epochs", "eval_every", "log_every", "save_every")]
@@ -296,7 +303,7 @@ def progress(line: dict, steps: int) -> str:
         gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
                  f" answer {line.get('gate_answer', math.nan):.2f}")
     return (f"step {line['step']:>5}/{steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm "
-            f"{line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
+            f"{math.nan if line['grad_norm'] is None else line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
 
 
 def clock(seconds: float) -> str:
@@ -309,13 +316,15 @@ def clock(seconds: float) -> str:
 class Run:
     """A run's directory, of which one process at a time is the owner. state.safetensors is one file, replaced as a whole,
     so that a new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from
-    the seed and the step's number, as the order of the data does."""
+    the seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
 
-    def __init__(self, out: Path):
-        self.out, self.state, self.metrics, self.step = out, out / "state.safetensors", None, None
+    def __init__(self, out: Path, team: "Team"):
+        self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
 
     def start(self, resuming: bool):
         """Becomes the owner. Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
+        if self.team.rank > 0:
+            return
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
             aside = next(p for i in itertools.count(1) if not (p := self.out.with_name(f"{self.out.name}-{i}")).exists())
@@ -337,19 +346,31 @@ class Run:
         except OSError:  # a file system without locks
             pass
 
+    def cut(self, size: int):
+        if self.metrics:
+            self.metrics.truncate(size)
+
     def record(self, line: dict):
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        if self.metrics:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
 
     def save(self, step: int, model, optimizer, **info):
         """All that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
+        self.step = step
+        if not self.metrics:
+            return self.team.wait()
         os.fsync(self.metrics.fileno())
         info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
         tensors = adapter_state(model)
         moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
         write_tensors(self.state, tensors | moments, json.dumps(info))
-        self.step = step
-        save_adapter(model, self.out / "last")
+        self.save_adapter(model, "last")
+
+    def save_adapter(self, model, name: str):
+        if self.metrics:
+            save_adapter(model, self.out / name)
+        self.team.wait()
 
     def load(self, model, optimizer) -> dict:
         """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
@@ -372,8 +393,31 @@ class Run:
     def advice(self) -> str:
         if self.step is None:
             return "nothing was saved yet"
+        program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size}"
         return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
-                f"python train.py --resume {shlex.quote(str(self.out))}")
+                f"{program} train.py --resume {shlex.quote(str(self.out))}")
+
+
+def explain(error: Exception, c: Config, run: Run) -> str:
+    """What a user can do about a fault of the machine; "" for an error that is one of ours."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        return (f"out of memory: lower --micro-batch (now {c.micro_batch or c.batch}) or --max-len (now {c.max_len})"
+                f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
+    if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
+        return f"cannot write: {error}; {run.advice()}"
+    if run.team.size > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+        return f"process {run.team.rank}: another process of this run has ended, its own message says why; {run.advice()}"
+    return ""
+
+
+def where(numbers: list[int], records: list[dict], c: Config) -> str:
+    """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
+    lines = {}
+    for number in numbers:
+        task = records[number]["task"]
+        originals = load_records(task, "train", **({"out": Path(c.data)} if c.data else {}))
+        lines.setdefault(task, []).append(str(originals.index(records[number]) + 1))
+    return "; ".join(f"{task} {', '.join(of_task)}" for task, of_task in lines.items())
 
 
 class Signals:
@@ -397,24 +441,79 @@ class Signals:
             signal.signal(number, handler)
 
 
+# --------------------------------------------------------------------------------------- several processes
+
+class Team(NamedTuple):
+    """The processes that torchrun started, each with a share of every batch. Alone: rank 0 of 1."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: torch.device) -> "Team":
+        rank, size, local = (int(os.environ.get(name, no)) for name, no in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if "RANK" in os.environ:
+            if device.type == "cuda":
+                device = torch.device("cuda", local)
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, size, device)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def add_up(self, parameters, sums: torch.Tensor) -> torch.Tensor:
+        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts of
+        the whole batch, so that the sum is what one process would have. Adapters are small: one buffer, one exchange,
+        after the backward, instead of DistributedDataParallel's many during it; and it is exact for shares that differ."""
+        if self.size == 1:
+            return sums
+        flat = torch.cat([*(p.grad.flatten() for p in parameters), sums])
+        dist.all_reduce(flat)
+        *grads, sums = flat.split([*(p.numel() for p in parameters), len(sums)])
+        for p, grad in zip(parameters, grads):
+            p.grad.copy_(grad.view_as(p))
+        return sums
+
+    def shard(self, base: Transformer):
+        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's forward
+        or backward comes. Adapters and their optimizer stay whole everywhere, and all else stays as it is."""
+        adapters = set(adapter_state(base).values())
+        for p in adapters:
+            p.data = p.data.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for module in (*base.blocks, base):  # one by one: no more than a block is whole on the device
+            fully_shard(module, mesh=mesh, ignored_params=adapters)
+
+
 # --------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
-    run, signals = Run(Path(c.out)), Signals()
+    device, dtype = pick_device(c.device, c.dtype)
+    team = Team.join(device)
+    run, signals = Run(Path(c.out), team), Signals()
     try:
-        return train(c, run, signals)
+        return train(c, dtype, team, run, signals)
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if not (text := explain(error, c, run)):
+            raise
+        raise UserError(text) from error
     finally:
         signals.release()
         if run.metrics:
             run.metrics.close()
 
 
-def train(c: Config, run: Run, signals: Signals) -> dict:
-    device, dtype = pick_device(c.device, c.dtype)
-    out, started = run.out, time.time()
+def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals) -> dict:
+    device, out, started = team.device, run.out, time.time()
+    say = print if team.rank == 0 else lambda *args, **kwargs: None
 
     # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
+    if team.rank > 0:
+        team.wait()  # for the first process, which downloads what is not there yet
     tokenizer = load_tokenizer(c.init)
     if tokenizer.eos is None:
         raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
@@ -422,7 +521,11 @@ def train(c: Config, run: Run, signals: Signals) -> dict:
     encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
     validation = [encode(record) for record in validation_records]
 
-    base = Transformer.from_pretrained(c.init, dtype=dtype, device=device)
+    if team.rank == 0:
+        team.wait()
+
+    # Of safetensors in `dtype`, the CPU maps the file, of which all processes see one copy: see Team.shard.
+    base = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else device)
     base.gradient_checkpointing = c.checkpointing
     if c.max_len > base.config.max_len:
         raise UserError(f"--max-len {c.max_len} is longer than the base's context of {base.config.max_len}")
@@ -432,9 +535,13 @@ def train(c: Config, run: Run, signals: Signals) -> dict:
     inject_adapters(base, adapter_config(c))
     trainable = adapter_state(base)
     n_trainable = sum(p.numel() for p in trainable.values())
-    share = 100 * n_trainable / (n_base + n_trainable)
-    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{share:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
+    portion = 100 * n_trainable / (n_base + n_trainable)
+    say(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
+          f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
+        + (f"; {team.size} processes" if team.size > 1 else ""))
+
+    if c.fsdp:
+        team.shard(base)
 
     gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
     others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
@@ -449,7 +556,7 @@ def train(c: Config, run: Run, signals: Signals) -> dict:
     steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
     if c.warmup >= steps:
         raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
+    say(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
           f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
     digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
@@ -467,100 +574,120 @@ def train(c: Config, run: Run, signals: Signals) -> dict:
             raise UserError(f"--resume {out}: the training or validation records have changed since the run began")
         if first > steps:
             raise UserError(f"--resume {out}: {first} steps are done already, more than the {steps} wanted")
-        run.metrics.truncate(saved["metrics"])  # lines of steps that were not saved come again
-        print(f"going on after {first} of {steps} steps")
+        run.cut(saved["metrics"])  # lines of steps that were not saved come again
+        say(f"going on after {first} of {steps} steps")
         if earlier["steps"] != steps:
             rates = (c.lr * learning_rate(first, n, c) for n in (earlier["steps"], steps))
-            print(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} and "
+            say(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} and "
                   f"decays to 0 at step {steps}".format(*rates))
     else:
-        run.metrics.truncate(0)
+        run.cut(0)
         run.record(facts)
-    write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+    if run.metrics:
+        write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
 
     # ------------------------------------------------------------------------------------------- the loop
-    order = itertools.islice(batches(len(train_records), c), first, None)
+    order = itertools.islice(batches(len(train_records), c), first, steps)
+    size = c.micro_batch or math.ceil(c.batch / team.size)
+
+    def prepare(numbers: list[int]) -> SimpleNamespace:
+        """A batch's records as this process's micro-batches, and what the whole batch counts."""
+        questions = [encode(train_records[i]) for i in numbers]
+        own, most = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
+        # As many forwards on every process, since --fsdp makes them together; a share with no record left for one takes
+        # any, and weighs it 0.
+        micro = [(pack(own[i:i + size] or questions[:1]), i < len(own)) for i in range(0, most, size)]
+        return SimpleNamespace(numbers=numbers, micro=micro, n_answer=sum(len(q.answers[0]) for q in questions),
+                               n_token=sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions),
+                               cut=sum(q.cut > 0 for q in questions))
+
     tokens_since, clock_since = 0, time.time()           # of the present progress line
     signals.catch()
+    ready = prepare(next(order, []))
     for step in range(first, steps):
-        torch.manual_seed(random.Random(f"{c.seed} {step}").getrandbits(63))  # dropout is the same after a --resume
+        # Dropout depends on seed, step and process alone, so that it is the same after a --resume.
+        torch.manual_seed(random.Random(f"{c.seed} {step} {team.rank}").getrandbits(63))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
-        questions = [encode(train_records[i]) for i in next(order)]
-        cut += sum(question.cut > 0 for question in questions)
-        size = c.micro_batch or c.batch
-        micro = [pack(questions[i:i + size]) for i in range(0, len(questions), size)]
-        n_answer, n_token = sum(len(m.targets) for m in micro), sum(m.ids.numel() for m in micro)
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task
         # is over the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
-        loss = entropy = 0.0
-        for batch in micro:
+        data, loss, entropy = ready, 0.0, 0.0
+        for batch, weight in data.micro:
             batch = batch.to(device)
             with autocast():
                 logits = model(batch.ids, documents=batch.documents, select=batch.select)             # (M, V)
-                task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / n_answer
-                uncertainty = gate_entropy(base) * (batch.ids.numel() / n_token)  # this micro-batch's share
+                task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") * weight / data.n_answer
+                uncertainty = gate_entropy(base) * (weight * batch.ids.numel() / data.n_token)  # its share
             scaler.scale(task + c.entropy_weight * uncertainty).backward()
             loss, entropy = loss + task.detach(), entropy + uncertainty.detach()
+        sums = torch.stack([loss, entropy, loss.new_tensor(len(signals.caught))])
+        loss, entropy, caught = team.add_up(trainable.values(), sums)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # leaves out a step whose gradients overflowed float16
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        tokens_since += n_token
+        tokens_since, cut = tokens_since + data.n_token, cut + data.cut
+        ready = prepare(next(order, []))  # while a GPU still computes; then the one wait for it in a step
+        loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
+        overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
+                            f"float32; the batch was {where(data.numbers, train_records, c)}; {run.advice()}")
 
         is_last = step == steps - 1
         if step % c.log_every == 0 or is_last:
-            line = {"step": step, "loss": float(loss), "entropy": float(entropy),
+            line = {"step": step, "loss": loss, "entropy": entropy,
                     **mean_gates(base, batch.is_answer),  # of the last micro-batch
-                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-            if not math.isfinite(line["loss"]):
-                raise UserError(f"step {step}: the loss is {line['loss']}; lower --lr, or use --dtype float32")
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
             now = time.time()
             line |= {"tokens_per_s": tokens_since / (now - clock_since), "memory_gib": peak_memory(device)}
             left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
             tokens_since, clock_since = 0, now
             run.record(line)
-            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
+            say(f"{progress(line, steps)} | {clock(left)} left", flush=True)
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
             paused = time.time()
-            value = validation_loss(model, validation, autocast, device, size)
+            value = validation_loss(model, validation, autocast, device, size)  # the same on every process
             if not math.isfinite(value):
-                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32")
+                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32; "
+                                f"{run.advice()}")
             run.record({"step": step, "validation_loss": value})
-            print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
+            say(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
                 best = value
-                save_adapter(base, out / "best")
+                run.save_adapter(base, "best")
             clock_since += time.time() - paused
-        if signals.caught or is_last or (step + 1) % c.save_every == 0:
+        if caught or is_last or (step + 1) % c.save_every == 0:
             run.save(step + 1, base, optimizer, best=best, cut=cut, scaler=scaler.state_dict())
-        if signals.caught:
-            print(f"interrupted; {run.advice()}")
-            sys.exit(128 + signals.caught[0])
+        if caught:  # here or in another process
+            say(f"interrupted; {run.advice()}")
+            sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
     signals.release()
     if validation:
+        team.wait()
         load_adapter(base, out / "best")
     else:
-        save_adapter(base, out / "best")
+        run.save_adapter(base, "best")
 
     # -------------------------------------------------------------------------------------------- results
     if cut:
-        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
+        say(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
     results = {"steps": steps, "best_validation_loss": best if validation else None,
                "seconds": time.time() - started, "tasks": {}}
     for task, records in test_records.items():
-        print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
+        say(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
         with adapters_off(base):  # the frozen base is what it was
-            before = evaluate(base, tokenizer, records, c.form, c.max_len)
-        after = evaluate(base, tokenizer, records, c.form, c.max_len)
+            before = evaluate(base, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
+        after = evaluate(base, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
         results["tasks"][task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
         name = "acc_norm" if c.form == "cloze" else "acc"
-        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
+        say(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
               f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
-    write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
-    print(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
+    if run.metrics:
+        write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    say(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
           f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
 

@@ -19,7 +19,7 @@ from test_train import SAMPLE, adapter, metrics
 
 # Each process that gets killed is a fork of one that has torch loaded already and has computed nothing yet.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train", "test_resume"])
+PROCESSES.set_forkserver_preload(["torch._dynamo", "train", "test_resume"])  # AdamW imports the first
 
 
 def flags(base, directory, *more):
