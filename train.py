@@ -357,20 +357,22 @@ class Run:
 
     def save(self, step: int, model, optimizer, **info):
         """All that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
-        self.step = step
-        if not self.metrics:
-            return self.team.wait()
-        os.fsync(self.metrics.fileno())
-        info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
-        tensors = adapter_state(model)
-        moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
-        write_tensors(self.state, tensors | moments, json.dumps(info))
-        self.save_adapter(model, "last")
-
-    def save_adapter(self, model, name: str):
         if self.metrics:
-            save_adapter(model, self.out / name)
-        self.team.wait()
+            os.fsync(self.metrics.fileno())
+            info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
+            tensors = adapter_state(model)
+            moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
+            write_tensors(self.state, tensors | moments, json.dumps(info))
+            save_adapter(model, self.out / "last")
+        self.step = step
+
+    def save_best(self, model):
+        if self.metrics:
+            save_adapter(model, self.out / "best")
+
+    def write(self, name: str, values: dict):
+        if self.metrics:
+            write_atomically(self.out / name, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
 
     def load(self, model, optimizer) -> dict:
         """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
@@ -583,8 +585,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
     else:
         run.cut(0)
         run.record(facts)
-    if run.metrics:
-        write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+    run.write("config.json", facts)
 
     # ------------------------------------------------------------------------------------------- the loop
     order = itertools.islice(batches(len(train_records), c), first, steps)
@@ -657,11 +658,12 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
             say(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
                 best = value
-                run.save_adapter(base, "best")
+                run.save_best(base)
             clock_since += time.time() - paused
         if caught or is_last or (step + 1) % c.save_every == 0:
             run.save(step + 1, base, optimizer, best=best, cut=cut, scaler=scaler.state_dict())
         if caught:  # here or in another process
+            team.wait()
             say(f"interrupted; {run.advice()}")
             sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
     signals.release()
@@ -669,7 +671,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
         team.wait()
         load_adapter(base, out / "best")
     else:
-        run.save_adapter(base, "best")
+        run.save_best(base)
 
     # -------------------------------------------------------------------------------------------- results
     if cut:
@@ -685,8 +687,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
         name = "acc_norm" if c.form == "cloze" else "acc"
         say(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
               f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
-    if run.metrics:
-        write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    run.write("training.json", results)
     say(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
           f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results

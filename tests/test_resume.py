@@ -1,9 +1,12 @@
 """Interruptions and faults: nothing is lost, nothing is silently wrong."""
 import fcntl
 import json
+import math
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -225,3 +228,101 @@ def test_a_filesystem_without_locks_does_not_stop_a_run(llama, tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", unsupported)
     train.main(flags(llama, tmp_path / "run", "--max-steps", "3"))
     assert (tmp_path / "run" / "training.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------- faults
+
+def fault_at(monkeypatch, step, fault):
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda at, *rest: (fault() if at == step else None, rate(at, *rest))[1])
+
+
+def assert_the_checkpoint_is_good(whole, out):
+    train.main(["--resume", str(out)])
+    assert_equal_runs(whole, out)
+
+
+@pytest.mark.parametrize("fault", [lambda: torch.empty(2**50), lambda: [0] * 2**60])
+def test_out_of_memory_names_what_to_lower(fault, llama, tmp_path, monkeypatch):
+    train.main(flags(llama, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        fault_at(patch, 6, fault)
+        train.main(flags(llama, tmp_path / "run"))
+    for text in ("out of memory: lower --micro-batch (now 3) or --max-len (now 512), or add --checkpointing",
+                 "learnt in 4 steps", f"python train.py --resume {tmp_path / 'run'}"):
+        assert text in str(caught.value)
+    assert_the_checkpoint_is_good(tmp_path / "whole", tmp_path / "run")
+
+
+def full_at(step, size, argv):
+    """A run in this process, for which files cannot grow over `size` bytes from `step` on."""
+    rate = train.learning_rate
+    train.learning_rate = lambda at, *rest: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)) if at == step else None, rate(at, *rest))[1]
+    try:
+        train.main(argv)
+    except UserError as error:
+        Path(argv[5] + ".error").write_text(str(error))
+
+
+@pytest.mark.parametrize("size, what", [(30_000, "state"), (500, "metrics")])
+def test_a_full_disk_leaves_the_last_checkpoint(size, what, llama, tmp_path):
+    train.main(flags(llama, tmp_path / "whole"))
+    process = PROCESSES.Process(target=full_at, args=(5, size, flags(llama, tmp_path / "run")))
+    process.start()
+    process.join(60)
+    error = Path(f"{tmp_path / 'run'}.error").read_text()
+    assert "cannot write" in error and "File too large" in error and "learnt in 4 steps" in error
+    assert_the_checkpoint_is_good(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run(where, llama, tmp_path, monkeypatch):
+    train.main(flags(llama, tmp_path / "whole", "--entropy-weight", "1"))
+    entropy, now = train.gate_entropy, [0]
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        fault_at(patch, 6, lambda: now.append(6))
+        if where == "loss":
+            patch.setattr(train, "gate_entropy", lambda model: entropy(model) * (math.inf if now[-1] == 6 else 1))
+        else:
+            patch.setattr(train, "gate_entropy", lambda model: NotFinite.apply(entropy(model)) if now[-1] == 6 else entropy(model))
+        train.main(flags(llama, tmp_path / "run", "--entropy-weight", "1"))
+    assert re.search(r"step 6: the loss is (inf|\d.*), the gradient's norm (nan|inf); lower --lr.*; the batch was "
+                     r"(piqa|ARC-Easy) \d.*; what was learnt in 4 steps", str(caught.value)), caught.value
+    assert_the_checkpoint_is_good(tmp_path / "whole", tmp_path / "run")
+
+
+class NotFinite(torch.autograd.Function):
+    """x, with a gradient that is inf."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * math.inf
+
+
+def test_the_batch_is_named_by_task_and_line(llama):
+    c = train.parse(["--init", str(llama), "--data", SAMPLE, "--tasks", "piqa,boolq", "--validation", "2"])
+    records, _, _ = train.load_data(c)
+    numbers = [0, len(records) - 1]
+    found = dict(part.split(" ") for part in train.where(numbers, records, c).split("; "))
+    assert set(found) == {"piqa", "boolq"}
+    for number in numbers:
+        task = records[number]["task"]
+        assert json.loads(Path(SAMPLE, task, "train.jsonl").read_text().splitlines()[int(found[task]) - 1])["question"] == records[number]["question"]
+
+
+def test_steps_that_overflow_float16_are_left_out(llama, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**40))
+    train.main(flags(llama, tmp_path / "whole", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
+    norms = [line["grad_norm"] for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert norms[0] is None and None not in norms[-3:]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, signal.SIGTERM, 7)
+        train.main(flags(llama, tmp_path / "cut", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
+    train.main(["--resume", str(tmp_path / "cut")])  # with the scale as it was
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
