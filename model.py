@@ -426,18 +426,32 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_directory(directory: Path):
-    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+def read_config(name_or_path: str) -> TransformerConfig:
+    """The config alone of a published model (`CONFIGS`), a directory, of which config.json is enough, or a .gguf file.
+    Downloads nothing and reads no weights."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return directory_config(path)[0]
+    return read_gguf(path)[0] if path.suffix == ".gguf" and path.is_file() else TransformerConfig.from_name(name_or_path)
+
+
+def directory_config(directory: Path) -> tuple[TransformerConfig, str]:
+    """The config and the family, gpt2 or llama, of a directory in Hugging Face layout."""
     raw = read_json(directory / "config.json")
     family = raw.get("model_type")
     if family not in ("gpt2", "llama"):
         raise UserError(f"{directory}: architecture '{family}' is not supported; gpt2 and llama are")
     try:
-        config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
+        return gpt2_config(raw) if family == "gpt2" else llama_config(raw), family
     except KeyError as error:
         raise UserError(f"{directory / 'config.json'}: field {error} is missing") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / 'config.json'}: {error}") from None
+
+
+def read_directory(directory: Path):
+    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+    config, family = directory_config(directory)
     if (directory / "model.safetensors.index.json").exists():
         names = sorted(set(read_json(directory / "model.safetensors.index.json").get("weight_map", {}).values()))
     else:

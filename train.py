@@ -6,7 +6,7 @@
     python train.py --help
 
     python train.py --resume out/quickstart                    # a run that was interrupted goes on, bit by bit the same
-    torchrun --nproc_per_node=4 train.py --init gpt2-medium    # four processes share each batch
+    torchrun --nproc_per_node=4 -- train.py --init gpt2-medium    # four processes share each batch
 
 A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
 adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, from
@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -46,9 +47,9 @@ from data.commonsense import FORMS, pack, training_question
 from data.download import UserError, run_command
 from data.prepare import TASKS, load_records, prepare
 from eval import device_problems, evaluate, headline, pick_device, refuse
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
                     inject_adapters, load_adapter, read_tensors, save_adapter, write_atomically, write_tensors)
-from model import Transformer, load_tokenizer, read_json
+from model import Transformer, TransformerConfig, load_tokenizer, read_config, read_json
 
 
 # ----------------------------------------------------------------------------------------- configuration
@@ -98,6 +99,7 @@ class Config:
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
+    plan: bool = False              # only print how much memory the run would need; reads no weights and no data
     fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
 
 
@@ -110,7 +112,7 @@ PRESETS = {
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What --resume may set anew: it changes no step, or only how many there are. (Another --data must hold the same records.)
 MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
-              "test", "device", "compile", "checkpointing", "fsdp")
+              "test", "device", "compile", "checkpointing", "fsdp", "plan")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
 
 
@@ -180,7 +182,7 @@ def check(c: Config) -> list[str]:
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
-        (not c.fsdp or "RANK" in os.environ, "--fsdp: start it with torchrun --nproc_per_node=N train.py ..."),
+        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it with torchrun --nproc_per_node=N -- train.py ..."),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
               for name in ("batch", "epochs", "eval_every", "log_every", "save_every")]
@@ -395,7 +397,7 @@ class Run:
     def advice(self) -> str:
         if self.step is None:
             return "nothing was saved yet"
-        program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size}"
+        program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size} --"
         return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
                 f"{program} train.py --resume {shlex.quote(str(self.out))}")
 
@@ -490,10 +492,79 @@ class Team(NamedTuple):
             fully_shard(module, mesh=mesh, ignored_params=adapters)
 
 
+# ------------------------------------------------------------------------------------------------- the plan
+
+ANSWER_TOKENS = 10  # about as many as an answer has, in either form
+
+
+def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) -> int:
+    """Bytes that a forward of one record of max_len tokens keeps for its backward: a real forward of fake tensors, which
+    have shapes and no memory, whose saved tensors are counted."""
+    kept = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())  # holding it keeps its number
+        return tensor
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model = Transformer(config)
+        for module in model.modules():  # fake tensors know no model.to(dtype)
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
+        inject_adapters(model, adapter_config(c))
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            row = torch.arange(c.max_len)[None]
+            logits = model(row, documents=row, select=row[0, -ANSWER_TOKENS:])
+            loss = F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)  # noqa: F841
+    return sum(size for _, size in kept.values())
+
+
+def plan(c: Config) -> str:
+    """The memory a run needs, from its configuration alone: a table for 1 to 8 processes, with and without --fsdp and
+    --checkpointing, for records that all have max_len tokens."""
+    config, (device, dtype) = read_config(c.init), pick_device(c.device, c.dtype)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+        inject_adapters(model, adapter_config(c))
+    adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
+    n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
+    n_block = sum(p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
+    block, base, ends = (n * dtype.itemsize for n in (n_block, n_base, n_base - config.n_layer * n_block))
+    training = sum(4 * p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
+    of_block, of_ends = two - one, 2 * one - two    # a record's
+    of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
+    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
+    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft != "lora" else 0
+    program = 0.35 * 2**30 if device.type == "cpu" else 0  # Python and PyTorch themselves; a GPU's are not counted
+
+    def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
+        records = c.micro_batch or math.ceil(c.batch / n)
+        inputs = c.max_len * config.d_model * dtype.itemsize  # of a block, which is all that checkpointing keeps
+        activations = of_block + config.n_layer * inputs if checkpointing else config.n_layer * of_block
+        weights = (base / n + ends + 2 * block) if fsdp else base  # of a block, and the next one
+        return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
+
+    lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
+             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a token's "
+             f"activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
+             f"GiB of a process, if each of its {c.micro_batch or f'{c.batch} / N'} records at a time has {c.max_len} tokens:",
+             f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
+    for n in (1, 2, 4, 8):
+        plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
+        lines.append(f"{n:>10} {plain:>10.1f} {less:>16.1f} " + (f"{spread:>10.1f} {both:>10.1f}" if n > 1 else ""))
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
+    if c.plan:
+        print(plan(c))
+        return {}
     device, dtype = pick_device(c.device, c.dtype)
     team = Team.join(device)
     run, signals = Run(Path(c.out), team), Signals()

@@ -1,0 +1,116 @@
+"""Several processes, which have to learn what one does. They talk over gloo, on the CPU."""
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import train
+from conftest import write_llama
+from test_resume import PROCESSES, SAMPLE
+from test_train import adapter, metrics
+
+FLAGS = ["--data", SAMPLE, "--r", "4", "--warmup", "2", "--batch", "3", "--tasks", "piqa,ARC-Easy", "--form", "cloze", "--epochs",
+         "3", "--validation", "2", "--eval-every", "2", "--log-every", "1", "--device", "cpu", "--lr", "1e-2",
+         "--entropy-weight", "0.1"]
+
+
+def member(rank, size, port, argv, at):
+    """A process as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(size)}
+    torch.set_num_threads(1)
+    if "--fsdp" in argv:
+        shard = train.Team.shard
+
+        def checked(team, base):
+            whole = sum(p.numel() for p in base.parameters() if not p.requires_grad)
+            shard(team, base)
+            kept = sum(p.to_local().numel() for p in base.parameters() if not p.requires_grad)
+            assert kept <= whole / size * 1.01 and all(type(p) is torch.nn.Parameter for p in base.parameters() if p.requires_grad)
+        train.Team.shard = checked
+    rate = train.learning_rate
+    train.learning_rate = lambda step, *rest: (at.get((rank, step), int)(), rate(step, *rest))[1]
+    train.main(argv)
+
+
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(size, argv, at={}):
+    """Exit statuses of `size` processes; at {(rank, step): what a process does then}."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [PROCESSES.Process(target=member, args=(rank, size, port, argv, at)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def assert_same_curves(a, b):
+    lines = [[line for line in metrics(directory) if "step" in line] for directory in (a, b)]
+    assert len(lines[0]) == len(lines[1]) > 10
+    for x, y in zip(*lines):
+        assert set(x) == set(y)
+        for key in {"step", "loss", "entropy", "lr", "grad_norm", "validation_loss"} & set(x):
+            assert x[key] == pytest.approx(y[key], rel=1e-4), (key, x, y)
+
+
+@pytest.mark.parametrize("size, flags", [
+    (2, ["--peft", "gatera", "--micro-batch", "1"]),        # shares of 2 and 1; the last batch has one record for two
+    (3, ["--peft", "dora", "--gate", "token"]),
+    (2, ["--peft", "gatera", "--fsdp", "--micro-batch", "1"]),
+    (2, ["--peft", "dora", "--gate", "static", "--fsdp", "--checkpointing"]),
+    (2, ["--peft", "lora", "--fsdp", "--test", "2"]),
+])
+def test_several_processes_learn_what_one_does(size, flags, llama, tmp_path):
+    argv = ["--init", str(llama), *FLAGS, *flags]
+    train.main([*(flag for flag in argv if flag != "--fsdp"), "--out", str(tmp_path / "one")])
+    assert run(size, [*argv, "--out", str(tmp_path / "several")]) == [0] * size
+    assert_same_curves(tmp_path / "one", tmp_path / "several")
+    for name, tensor in adapter(tmp_path / "one").items():
+        assert torch.allclose(tensor, adapter(tmp_path / "several")[name], atol=2e-3), name
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 3)])
+def test_a_run_goes_on_with_another_number_of_processes(before, after, llama, tmp_path):
+    argv = ["--init", str(llama), *FLAGS]
+    train.main([*argv, "--out", str(tmp_path / "one")])
+    stopped = run(before, [*argv, "--out", str(tmp_path / "moved")], {(before - 1, 4): stop})  # one hears it, all stop
+    assert stopped == [143] * before
+    assert run(after, ["--resume", str(tmp_path / "moved")]) == [0] * after
+    assert_same_curves(tmp_path / "one", tmp_path / "moved")
+
+
+def die():
+    raise RuntimeError("this process has a fault of its own")
+
+
+@pytest.mark.parametrize("fault, status", [(die, 1), (os._exit, 0)])
+def test_a_process_that_dies_ends_the_others(fault, status, llama, tmp_path, capfd):
+    started = time.time()
+    argv = ["--init", str(llama), *FLAGS, "--epochs", "1000", "--save-every", "1", "--out", str(tmp_path / "run")]
+    assert run(3, argv, {(1, 4): partial(fault, *[0] * (fault is os._exit))}) == [1, status, 1]
+    assert time.time() - started < 30
+    assert (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_torchrun(llama, tmp_path):
+    """The real command: what one process says on its own, two say once; a process that is killed ends the other."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", train.__file__, "--init", llama, *FLAGS]
+    done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes") == 1 and done.stdout.count("saved ") == 1
+    done = subprocess.run([*command, "--out", tmp_path / "run2", "--max-len", "4096"], capture_output=True, text=True,
+                          timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "--max-len 4096 is longer than the base's context of 512" in done.stderr
