@@ -10,7 +10,8 @@
 
 A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
 adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, from
-which --resume goes on.
+which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: interruptions and faults,
+several processes, the memory plan.
 """
 import argparse
 import dataclasses
@@ -30,6 +31,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,251 +315,6 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
-# --------------------------------------------------------------------------------- interruptions and faults
-
-class Run:
-    """A run's directory, of which one process at a time is the owner. state.safetensors is one file, replaced as a whole,
-    so that a new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from
-    the seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
-
-    def __init__(self, out: Path, team: "Team"):
-        self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
-
-    def start(self, resuming: bool):
-        """Becomes the owner. Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
-        if self.team.rank > 0:
-            return
-        if not resuming and (self.out / "metrics.jsonl").exists():
-            self.lock()
-            aside = next(p for i in itertools.count(1) if not (p := self.out.with_name(f"{self.out.name}-{i}")).exists())
-            self.out.rename(aside)
-            self.metrics.close()
-            print(f"the earlier run in {self.out} is now in {aside}")
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock()
-        for half in self.out.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            half.unlink()
-
-    def lock(self):
-        self.metrics = open(self.out / "metrics.jsonl", "a")
-        try:
-            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
-        except BlockingIOError:
-            self.metrics.close()
-            raise UserError(f"--out {self.out}: another run is writing there; wait for it, or choose another") from None
-        except OSError:  # a file system without locks
-            pass
-
-    def cut(self, size: int):
-        if self.metrics:
-            self.metrics.truncate(size)
-
-    def record(self, line: dict):
-        if self.metrics:
-            self.metrics.write(json.dumps(line) + "\n")
-            self.metrics.flush()
-
-    def save(self, step: int, model, optimizer, **info):
-        """All that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
-        if self.metrics:
-            os.fsync(self.metrics.fileno())
-            info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
-            tensors = adapter_state(model)
-            moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
-            write_tensors(self.state, tensors | moments, json.dumps(info))
-            save_adapter(model, self.out / "last")
-        self.step = step
-
-    def save_best(self, model):
-        if self.metrics:
-            save_adapter(model, self.out / "best")
-
-    def write(self, name: str, values: dict):
-        if self.metrics:
-            write_atomically(self.out / name, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
-
-    def load(self, model, optimizer) -> dict:
-        """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
-        if not self.state.exists():
-            return {}
-        tensors, info = read_tensors(self.state, with_info=True)
-        info, own = json.loads(info), adapter_state(model)
-        names = {p: name for name, p in own.items()}
-        state = optimizer.state_dict()
-        order = [p for group in optimizer.param_groups for p in group["params"]]
-        state["state"] = {i: {key: tensors[f"{names[p]}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-                          for i, p in enumerate(order)}
-        optimizer.load_state_dict(state)
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
-        self.step = info["step"]
-        return info
-
-    def advice(self) -> str:
-        if self.step is None:
-            return "nothing was saved yet"
-        program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size} --"
-        return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
-                f"{program} train.py --resume {shlex.quote(str(self.out))}")
-
-
-def explain(error: Exception, c: Config, run: Run) -> str:
-    """What a user can do about a fault of the machine; "" for an error that is one of ours."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        return (f"out of memory: lower --micro-batch (now {c.micro_batch or c.batch}) or --max-len (now {c.max_len})"
-                f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
-    if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
-        return f"cannot write: {error}; {run.advice()}"
-    if run.team.size > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-        return f"process {run.team.rank}: another process of this run has ended, its own message says why; {run.advice()}"
-    return ""
-
-
-def where(numbers: list[int], records: list[dict], c: Config) -> str:
-    """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
-    lines = {}
-    for number in numbers:
-        task = records[number]["task"]
-        originals = load_records(task, "train", **({"out": Path(c.data)} if c.data else {}))
-        lines.setdefault(task, []).append(str(originals.index(records[number]) + 1))
-    return "; ".join(f"{task} {', '.join(of_task)}" for task, of_task in lines.items())
-
-
-class Signals:
-    """Between `catch` and `release`, Ctrl-C and SIGTERM are noted in `caught`, for the loop to stop after the step in
-    hand. A second Ctrl-C ends the process at once."""
-
-    def __init__(self):
-        self.caught, self.before = [], {}
-
-    def catch(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number, frame):
-        self.caught.append(number)
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-
-    def release(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-# --------------------------------------------------------------------------------------- several processes
-
-class Team(NamedTuple):
-    """The processes that torchrun started, each with a share of every batch. Alone: rank 0 of 1."""
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: torch.device) -> "Team":
-        rank, size, local = (int(os.environ.get(name, no)) for name, no in
-                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if "RANK" in os.environ:
-            if device.type == "cuda":
-                device = torch.device("cuda", local)
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(rank, size, device)
-
-    def wait(self):
-        if self.size > 1:
-            dist.barrier()
-
-    def add_up(self, parameters, sums: torch.Tensor) -> torch.Tensor:
-        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts of
-        the whole batch, so that the sum is what one process would have. Adapters are small: one buffer, one exchange,
-        after the backward, instead of DistributedDataParallel's many during it; and it is exact for shares that differ."""
-        if self.size == 1:
-            return sums
-        flat = torch.cat([*(p.grad.flatten() for p in parameters), sums])
-        dist.all_reduce(flat)
-        *grads, sums = flat.split([*(p.numel() for p in parameters), len(sums)])
-        for p, grad in zip(parameters, grads):
-            p.grad.copy_(grad.view_as(p))
-        return sums
-
-    def shard(self, base: Transformer):
-        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's forward
-        or backward comes. Adapters and their optimizer stay whole everywhere, and all else stays as it is."""
-        adapters = set(adapter_state(base).values())
-        for p in adapters:
-            p.data = p.data.to(self.device)
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        for module in (*base.blocks, base):  # one by one: no more than a block is whole on the device
-            fully_shard(module, mesh=mesh, ignored_params=adapters)
-
-
-# ------------------------------------------------------------------------------------------------- the plan
-
-ANSWER_TOKENS = 10  # about as many as an answer has, in either form
-
-
-def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) -> int:
-    """Bytes that a forward of one record of max_len tokens keeps for its backward: a real forward of fake tensors, which
-    have shapes and no memory, whose saved tensors are counted."""
-    kept = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())  # holding it keeps its number
-        return tensor
-
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model = Transformer(config)
-        for module in model.modules():  # fake tensors know no model.to(dtype)
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
-        inject_adapters(model, adapter_config(c))
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            row = torch.arange(c.max_len)[None]
-            logits = model(row, documents=row, select=row[0, -ANSWER_TOKENS:])
-            loss = F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)  # noqa: F841
-    return sum(size for _, size in kept.values())
-
-
-def plan(c: Config) -> str:
-    """The memory a run needs, from its configuration alone: a table for 1 to 8 processes, with and without --fsdp and
-    --checkpointing, for records that all have max_len tokens."""
-    config, (device, dtype) = read_config(c.init), pick_device(c.device, c.dtype)
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-        inject_adapters(model, adapter_config(c))
-    adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
-    n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
-    n_block = sum(p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
-    block, base, ends = (n * dtype.itemsize for n in (n_block, n_base, n_base - config.n_layer * n_block))
-    training = sum(4 * p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
-    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
-    of_block, of_ends = two - one, 2 * one - two    # a record's
-    of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
-    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
-    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft != "lora" else 0
-    program = 0.35 * 2**30 if device.type == "cpu" else 0  # Python and PyTorch themselves; a GPU's are not counted
-
-    def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
-        records = c.micro_batch or math.ceil(c.batch / n)
-        inputs = c.max_len * config.d_model * dtype.itemsize  # of a block, which is all that checkpointing keeps
-        activations = of_block + config.n_layer * inputs if checkpointing else config.n_layer * of_block
-        weights = (base / n + ends + 2 * block) if fsdp else base  # of a block, and the next one
-        return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
-
-    lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
-             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a token's "
-             f"activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
-             f"GiB of a process, if each of its {c.micro_batch or f'{c.batch} / N'} records at a time has {c.max_len} tokens:",
-             f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
-    for n in (1, 2, 4, 8):
-        plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
-        lines.append(f"{n:>10} {plain:>10.1f} {less:>16.1f} " + (f"{spread:>10.1f} {both:>10.1f}" if n > 1 else ""))
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
@@ -576,11 +333,11 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(text) from error
     finally:
         signals.release()
-        if run.metrics:
-            run.metrics.close()
+        with suppress(OSError):  # on a full disk, the line that could not be written would raise once more
+            run.metrics and run.metrics.close()
 
 
-def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals) -> dict:
+def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Signals") -> dict:
     device, out, started = team.device, run.out, time.time()
     say = print if team.rank == 0 else lambda *args, **kwargs: None
 
@@ -762,6 +519,254 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
     say(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
           f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
+
+
+# ======================================================================= what a first reading can leave out
+
+# --------------------------------------------------------------------------------- interruptions and faults
+
+class Run:
+    """A run's directory, of which one process at a time is the owner. state.safetensors is one file, replaced as a whole,
+    so that a new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from
+    the seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
+
+    def __init__(self, out: Path, team: "Team"):
+        self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
+
+    def start(self, resuming: bool):
+        """Becomes the owner. Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
+        if self.team.rank > 0:
+            return
+        if not resuming and (self.out / "metrics.jsonl").exists():
+            self.lock()
+            aside = next(p for i in itertools.count(1) if not (p := self.out.with_name(f"{self.out.name}-{i}")).exists())
+            self.out.rename(aside)
+            self.metrics.close()
+            print(f"the earlier run in {self.out} is now in {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        for half in self.out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            half.unlink()
+
+    def lock(self):
+        self.metrics = open(self.out / "metrics.jsonl", "a")
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
+        except BlockingIOError:
+            self.metrics.close()
+            raise UserError(f"--out {self.out}: another run is writing there; wait for it, or choose another") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def cut(self, size: int):
+        if self.metrics:
+            self.metrics.truncate(size)
+
+    def record(self, line: dict):
+        if self.metrics:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+
+    def save(self, step: int, model, optimizer, **info):
+        """All that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
+        if self.metrics:
+            os.fsync(self.metrics.fileno())
+            info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
+            tensors = adapter_state(model)
+            moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
+            write_tensors(self.state, tensors | moments, json.dumps(info))
+            save_adapter(model, self.out / "last")
+        self.step = step
+
+    def save_best(self, model):
+        if self.metrics:
+            save_adapter(model, self.out / "best")
+
+    def write(self, name: str, values: dict):
+        if self.metrics:
+            write_atomically(self.out / name, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+
+    def load(self, model, optimizer) -> dict:
+        """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
+        if not self.state.exists():
+            return {}
+        tensors, info = read_tensors(self.state, with_info=True)
+        info, own = json.loads(info), adapter_state(model)
+        names = {p: name for name, p in own.items()}
+        state = optimizer.state_dict()
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        # without moments, if float16 has overflowed in every step so far
+        state["state"] = {i: {key: tensors[name].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                              if (name := f"{names[p]}.{key}") in tensors} for i, p in enumerate(order)}
+        optimizer.load_state_dict(state)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+        self.step = info["step"]
+        return info
+
+    def advice(self) -> str:
+        if self.step is None:
+            return "nothing was saved yet"
+        program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size} --"
+        return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
+                f"{program} train.py --resume {shlex.quote(str(self.out))}")
+
+
+def explain(error: Exception, c: Config, run: Run) -> str:
+    """What a user can do about a fault of the machine; "" for an error that is one of ours."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        return (f"out of memory: lower --micro-batch (now {c.micro_batch or c.batch}) or --max-len (now {c.max_len})"
+                f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
+    if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
+        return f"cannot write: {error}; {run.advice()}"
+    if run.team.size > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+        return f"process {run.team.rank}: another process of this run has ended, its own message says why; {run.advice()}"
+    return ""
+
+
+def where(numbers: list[int], records: list[dict], c: Config) -> str:
+    """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
+    lines = {}
+    for number in numbers:
+        task = records[number]["task"]
+        originals = load_records(task, "train", **({"out": Path(c.data)} if c.data else {}))
+        lines.setdefault(task, []).append(str(originals.index(records[number]) + 1))
+    return "; ".join(f"{task} {', '.join(of_task)}" for task, of_task in lines.items())
+
+
+class Signals:
+    """Between `catch` and `release`, Ctrl-C and SIGTERM are noted in `caught`, for the loop to stop after the step in
+    hand. A second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.caught, self.before = [], {}
+
+    def catch(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        self.caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+class Team(NamedTuple):
+    """The processes that torchrun started, each with a share of every batch. Alone: rank 0 of 1."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: torch.device) -> "Team":
+        rank, size, local = (int(os.environ.get(name, no)) for name, no in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if "RANK" in os.environ:
+            if device.type == "cuda":
+                device = torch.device("cuda", local)
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, size, device)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def add_up(self, parameters, sums: torch.Tensor) -> torch.Tensor:
+        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts of
+        the whole batch, so that the sum is what one process would have. Adapters are small: one buffer, one exchange,
+        after the backward, instead of DistributedDataParallel's many during it; and it is exact for shares that differ."""
+        if self.size == 1:
+            return sums
+        flat = torch.cat([*(p.grad.flatten() for p in parameters), sums])
+        dist.all_reduce(flat)
+        *grads, sums = flat.split([*(p.numel() for p in parameters), len(sums)])
+        for p, grad in zip(parameters, grads):
+            p.grad.copy_(grad.view_as(p))
+        return sums
+
+    def shard(self, base: Transformer):
+        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's forward
+        or backward comes. Adapters and their optimizer stay whole everywhere, and all else stays as it is."""
+        adapters = set(adapter_state(base).values())
+        for p in adapters:
+            p.data = p.data.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for module in (*base.blocks, base):  # one by one: no more than a block is whole on the device
+            fully_shard(module, mesh=mesh, ignored_params=adapters)
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+ANSWER_TOKENS = 10  # about as many as an answer has, in either form
+
+
+def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) -> int:
+    """Bytes that a forward of one record of max_len tokens keeps for its backward: a real forward of fake tensors, which
+    have shapes and no memory, whose saved tensors are counted."""
+    kept = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())  # holding it keeps its number
+        return tensor
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model = Transformer(config)
+        for module in model.modules():  # fake tensors know no model.to(dtype)
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
+        inject_adapters(model, adapter_config(c))
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            row = torch.arange(c.max_len)[None]
+            logits = model(row, documents=row, select=row[0, -ANSWER_TOKENS:])
+            loss = F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)  # noqa: F841
+    return sum(size for _, size in kept.values())
+
+
+def plan(c: Config) -> str:
+    """The memory a run needs, from its configuration alone: a table for 1 to 8 processes, with and without --fsdp and
+    --checkpointing, for records that all have max_len tokens."""
+    config, (device, dtype) = read_config(c.init), pick_device(c.device, c.dtype)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+        inject_adapters(model, adapter_config(c))
+    adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
+    n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
+    n_block = sum(p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
+    block, base, ends = (n * dtype.itemsize for n in (n_block, n_base, n_base - config.n_layer * n_block))
+    training = sum(4 * p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
+    of_block, of_ends = two - one, 2 * one - two    # a record's
+    of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
+    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
+    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft != "lora" else 0
+    program = 0.65 * 2**30 if device.type == "cpu" else 0  # Python, PyTorch, tokenizer, as measured; not a GPU's own
+
+    def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
+        records = c.micro_batch or math.ceil(c.batch / n)
+        inputs = c.max_len * config.d_model * dtype.itemsize  # of a block, which is all that checkpointing keeps
+        activations = of_block + config.n_layer * inputs if checkpointing else config.n_layer * of_block
+        weights = (base / n + ends + 2 * block) if fsdp else base  # of a block, and the next one
+        return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
+
+    lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
+             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a token's "
+             f"activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
+             f"GiB of a process, if each of its {c.micro_batch or f'{c.batch} / N'} records at a time has {c.max_len} tokens:",
+             f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
+    for n in (1, 2, 4, 8):
+        plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
+        lines.append(f"{n:>10} {plain:>10.1f} {less:>16.1f} " + (f"{spread:>10.1f} {both:>10.1f}" if n > 1 else ""))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several processes, which have to learn what one does. They talk over gloo, on the CPU."""
+"""Several processes, which have to learn what one does, over gloo on the CPU; and the plan of what memory they need."""
 import os
 import signal
 import socket
@@ -9,9 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
-from conftest import write_llama
+from data.download import UserError
+from gatera import gate_entropy, inject_adapters
+from model import Transformer
 from test_resume import PROCESSES, SAMPLE
 from test_train import adapter, metrics
 
@@ -106,7 +109,7 @@ def test_a_process_that_dies_ends_the_others(fault, status, llama, tmp_path, cap
 
 def test_torchrun(llama, tmp_path):
     """The real command: what one process says on its own, two say once; a process that is killed ends the other."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", train.__file__, "--init", llama, *FLAGS]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--", train.__file__, "--init", llama, *FLAGS]
     done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -114,3 +117,50 @@ def test_torchrun(llama, tmp_path):
     done = subprocess.run([*command, "--out", tmp_path / "run2", "--max-len", "4096"], capture_output=True, text=True,
                           timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "--max-len 4096 is longer than the base's context of 512" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+def test_the_plan_reads_a_config_alone(llama, tmp_path, capsys):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_bytes((llama / "config.json").read_bytes())
+    train.main(["--plan", "--init", str(tmp_path / "config"), "--r", "4", "--device", "cpu"])
+    assert "32,352 frozen parameters" in capsys.readouterr().out
+    train.main(["--plan", "--init", "llama-3-8b", "--dtype", "bfloat16", "--batch", "16", "--max-len", "256"])
+    text = capsys.readouterr().out
+    assert "8,030,261,248 frozen parameters, 14.96 GiB in bfloat16" in text and "57,606,304 trainable" in text
+    rows = [[float(x) for x in line.split()] for line in text.splitlines()[-4:]]
+    assert [row[0] for row in rows] == [1, 2, 4, 8]
+    for row in rows[1:]:
+        plain, checkpointing, fsdp, both = row[1:]
+        assert both < fsdp < plain and both < checkpointing < plain
+    assert rows[0][1] > rows[1][1] > rows[2][1] and 15 < rows[3][2] and rows[3][4] < 8
+    with pytest.raises(UserError, match="no config named 'no-such-model'; known: gpt2"):
+        train.main(["--plan", "--init", "no-such-model"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", [("hira", "token"), ("dora", "static"), ("lora", "none")])
+def test_the_plan_counts_what_a_real_forward_keeps(method, llama):
+    c = train.parse(["--init", str(llama), "--peft", method[0], "--gate", method[1], "--r", "4", "--max-len", "64"])
+    model = Transformer.from_pretrained(llama).train()
+    inject_adapters(model, train.adapter_config(c))
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    row = torch.arange(64)[None]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
+        logits = model(row, documents=row, select=row[0, -train.ANSWER_TOKENS:])
+        F.cross_entropy(logits, row[0, -train.ANSWER_TOKENS:]) + gate_entropy(model)
+    real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    assert train.kept_for_backward(model.config, c, torch.float32) == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_len, batch", [(64, 4), (128, 16)])
+def test_the_plan_is_near_what_is_measured(max_len, batch, smollm, tmp_path):
+    argv = [sys.executable, train.__file__, "--init", smollm, "--max-len", str(max_len), "--batch", str(batch), "--device", "cpu"]
+    text = subprocess.run([*argv, "--plan"], capture_output=True, text=True, check=True).stdout
+    planned = float(text.splitlines()[3].split()[1])
+    subprocess.run([*argv, "--data", SAMPLE, "--max-steps", "3", "--warmup", "1", "--validation", "2", "--out", tmp_path / "run"],
+                   check=True, capture_output=True)
+    measured = [line for line in metrics(tmp_path / "run") if "loss" in line][-1]["memory_gib"]
+    assert planned == pytest.approx(measured, rel=0.25)
