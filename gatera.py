@@ -343,7 +343,7 @@ def save_adapter(model: nn.Module, directory) -> None:
     if not tensors:
         raise UserError("the model has no adapter to save")
     config = json.dumps(asdict(model.adapter_config), indent=2) + "\n"
-    write_tensors(Path(directory) / "adapter.safetensors", tensors)
+    write_tensors(Path(directory) / "adapter.safetensors", tensors, config)  # there too, where its checksum covers it
     write_atomically(Path(directory) / "adapter.json", lambda path: path.write_text(config))
 
 
@@ -372,7 +372,10 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
         file = Path(directory) / "adapter_model.safetensors"
         config, tensors = read_peft(model, file)
     else:
-        config, tensors = read_adapter_config(directory), read_tensors(file)
+        config, (tensors, info) = read_adapter_config(directory), read_tensors(file, with_info=True)
+        if info and AdapterConfig(**json.loads(info)) != config:
+            raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
+                            "damaged, copy it again")
     fresh = not gated_layers(model)
     if fresh:
         inject_adapters(model, config)

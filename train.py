@@ -367,7 +367,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     n_trainable = sum(p.numel() for p in trainable.values())
     portion = 100 * n_trainable / (n_base + n_trainable)
     say(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
+        f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
         + (f"; {team.size} processes" if team.size > 1 else ""))
 
     if c.fsdp:
@@ -387,7 +387,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     if c.warmup >= steps:
         raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
     say(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
-          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
+        f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
     digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
     facts = {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(base.adapter_config),
@@ -409,8 +409,10 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         if earlier["steps"] != steps:
             rates = (c.lr * learning_rate(first, n, c) for n in (earlier["steps"], steps))
             say(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} and "
-                  f"decays to 0 at step {steps}".format(*rates))
+                f"decays to 0 at step {steps}".format(*rates))
     else:
+        if c.resume:
+            say("nothing was saved yet: starting over")
         run.cut(0)
         run.record(facts)
     run.write("config.json", facts)
@@ -514,10 +516,10 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         results["tasks"][task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
         name = "acc_norm" if c.form == "cloze" else "acc"
         say(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
-              f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
+            f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
     run.write("training.json", results)
     say(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
-          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
+        f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 import train
 from conftest import write_llama
 from data.download import UserError
+from gatera import load_adapter
+from model import Transformer
 from test_train import SAMPLE, adapter, metrics
 
 # Each process that gets killed is a fork of one that has torch loaded already and has computed nothing yet.
@@ -220,6 +222,15 @@ def test_a_damaged_checkpoint_is_noticed(damage, stopped):
     with pytest.raises(UserError, match=r"state.safetensors: (broken or truncated|its contents do not match)"):
         train.main(["--resume", str(stopped)])
     assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_adapter_json_is_noticed(stopped, llama):
+    file = stopped / "last" / "adapter.json"
+    text = file.read_text()
+    load_adapter(Transformer.from_pretrained(llama), stopped / "last")
+    file.write_text(text.replace('"dropout": 0.2', '"dropout": 0.3'))
+    with pytest.raises(UserError, match="adapter.json is not what was saved"):
+        load_adapter(Transformer.from_pretrained(llama), stopped / "last")
 
 
 def test_a_filesystem_without_locks_does_not_stop_a_run(llama, tmp_path, monkeypatch):
