@@ -139,6 +139,7 @@ class Flow(NamedTuple):
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
     # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
     # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
+    lengths: list[int] | None   # of documents that lie end to end and share nothing, on a CPU; else the grid is used
     grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
     slot: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
     cache: "KVCache | None"
@@ -171,6 +172,21 @@ def make_norm(config: TransformerConfig) -> nn.Module:
     return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm](config.d_model, eps=config.norm_eps)
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(S)) v (arXiv 1706.03762, equation 1), causal without a mask. q (B, T, H, S), k and v
+    (B, T, K, S): each group of H / K query heads shares a key head (arXiv 2305.13245). Returns (B, T, H, S)."""
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, heads, T, S)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+
+
+@torch.compiler.disable  # other lengths would be another graph for each batch
+def attend_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """`attend` for each document of a packed row (1, N, heads, S) in turn: on a CPU, quicker than a padded grid."""
+    return torch.cat([attend(*document) for document in zip(*(z.split(lengths, dim=1) for z in (q, k, v)))], dim=1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int):
         super().__init__()
@@ -190,14 +206,11 @@ class Attention(nn.Module):
             q, k = rotate(q, *flow.rotary), rotate(k, *flow.rotary)
         if flow.cache is not None:
             k, v = flow.cache.update(self.layer, k, v)                # (B, max_len, K, S)
+        if flow.lengths is not None:
+            return self.o_proj(attend_by_document(q, k, v, flow.lengths).flatten(2))
         if flow.grid is not None:                                     # one packed row -> (D, L, heads, S)
             q, k, v = (z[0][flow.grid] for z in (q, k, v))
-        # softmax(q k^T / sqrt(S)) v (arXiv 1706.03762, equation 1); each group of H / K query heads shares a key head
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))              # (B, heads, T, S)
-        mask = None if flow.cache is None else flow.cache.mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.n_head != self.n_kv_head)
-        y = y.transpose(1, 2).flatten(2)                              # (B, T, H * S)
+        y = attend(q, k, v, None if flow.cache is None else flow.cache.mask).flatten(2)   # (B, T, H * S)
         if flow.grid is not None:
             y = y.flatten(0, 1)[flow.slot][None]                      # (D, L, H * S) -> (1, N, H * S)
         return self.o_proj(y)
@@ -272,7 +285,7 @@ class Transformer(nn.Module):
         Returns (M, V), or (B, T, V) without `select`. Raises ValueError where shapes do not fit together.
         """
         config, (B, T) = self.config, ids.shape
-        grid = slot = None
+        lengths = grid = slot = None
         if documents is not None:
             if B != 1 or cache is not None:
                 raise ValueError(f"documents pack one row without a cache; got {B} rows, cache {cache is not None}")
@@ -282,6 +295,9 @@ class Transformer(nn.Module):
             slot = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
             # What is in the spare cells is never seen. Different tokens, as many gradients to one would queue on a GPU.
             grid = torch.where(documents < 0, cells.view_as(documents) % T, documents)
+            if documents.device.type == "cpu" and not torch.compiler.is_compiling():
+                end_to_end = torch.equal(documents[documents >= 0], torch.arange(T))
+                lengths = (documents >= 0).sum(1).tolist() if end_to_end else None
             if positions is None:
                 positions = (slot % documents.shape[1])[None]
         elif positions is None:
@@ -299,7 +315,7 @@ class Transformer(nn.Module):
             angles = positions[..., None].float() * inverse_frequencies(config, ids.device)  # (B, T, S/2)
             angles = torch.cat((angles, angles), dim=-1)[:, :, None]               # (B, T, 1, S)
             rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        flow = Flow(rotary, grid, slot, None if cache is None else cache.at(positions))
+        flow = Flow(rotary, lengths, grid, slot, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
@@ -374,6 +390,13 @@ class Transformer(nn.Module):
         load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
         model.name_or_path = str(name_or_path)
         return model.eval()
+
+
+def compile_blocks(model: Transformer) -> None:
+    """torch.compile for each block, in place: all blocks share one graph, which takes seconds where the graph of a
+    whole model takes minutes. After `inject_adapters`, as the graph holds the adapters."""
+    for block in model.blocks:
+        block.compile(dynamic=True)
 
 
 def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.device, source) -> None:

@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from data.commonsense import pack, training_question  # noqa: E402
 from data.prepare import load_records  # noqa: E402
 from gatera import AdapterConfig, GatedLinear, adapter_state, gate_entropy, inject_adapters  # noqa: E402
-from model import CONFIGS, Transformer, TransformerConfig, load_tokenizer  # noqa: E402
+from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, load_tokenizer  # noqa: E402
 
 METHODS = {"lora": ("lora", "none"), "dora": ("dora", "none"), "hira": ("hira", "none"), "gatera": ("hira", "token"),
            "lora+gate": ("lora", "token"), "dora+gate": ("dora", "token")}
@@ -63,12 +63,13 @@ def our_side(args, method, dtype):
     inject_adapters(model, AdapterConfig(kind, gate, r=args.r))
     parameters = list(adapter_state(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0, fused=True)
-    forward = torch.compile(model, dynamic=True) if args.compile else model
+    if args.compile:
+        compile_blocks(model)
 
     def step(questions):
         batch = pack(questions).to(args.device)
         with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
-            logits = forward(batch.ids, documents=batch.documents, select=batch.select)
+            logits = model(batch.ids, documents=batch.documents, select=batch.select)
             loss = F.cross_entropy(logits.float(), batch.targets) + 0.01 * gate_entropy(model)
         loss.backward()
         optimizer.step()
