@@ -5,13 +5,13 @@
     python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
     python train.py --help
 
-    python train.py --resume out/quickstart                    # a run that was interrupted goes on, bit by bit the same
-    torchrun --nproc_per_node=4 -- train.py --init gpt2-medium    # four processes share each batch
+    python train.py --resume out/quickstart                    # an interrupted run goes on, as if it never had stopped
+    torchrun --nproc_per_node=4 -- train.py --init gpt2-medium # four processes share each batch
 
 A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
-adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, from
-which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: interruptions and faults,
-several processes, the memory plan.
+adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, by
+which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: interruptions and
+faults, several processes, the memory plan.
 """
 import argparse
 import dataclasses
@@ -112,7 +112,7 @@ PRESETS = {
                        validation=40, eval_every=20, log_every=2, test=200),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What --resume may set anew: it changes no step, or only how many there are. (Another --data must hold the same records.)
+# What --resume may set anew: it changes no step, or only how many there are. (--data has to hold the same records.)
 MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
               "test", "device", "compile", "checkpointing", "fsdp", "plan")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
@@ -150,8 +150,8 @@ def parse(argv: list[str]) -> Config:
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
     recorded = recorded_config(Path(given["resume"])) if given.get("resume") else {}
-    wrong += [f"--{name.replace('_', '-')} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
-              if name not in MAY_CHANGE and given.get(name, value) != value]
+    wrong += [f"--{name.replace('_', '-')} {given[name]}: the run to resume has {value}"
+              for name, value in recorded.items() if name not in MAY_CHANGE and given.get(name, value) != value]
     config = Config(**(PRESETS.get(preset, {}) | recorded | given))
     if config.resume:
         wrong += [f"--out {config.out}: a run is resumed where it is"] if "out" in given else []
@@ -184,7 +184,7 @@ def check(c: Config) -> list[str]:
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
-        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it with torchrun --nproc_per_node=N -- train.py ..."),
+        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
               for name in ("batch", "epochs", "eval_every", "log_every", "save_every")]
@@ -306,8 +306,9 @@ def progress(line: dict, steps: int) -> str:
     if "gate_prompt" in line:
         gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
                  f" answer {line.get('gate_answer', math.nan):.2f}")
+    norm = math.nan if line["grad_norm"] is None else line["grad_norm"]
     return (f"step {line['step']:>5}/{steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm "
-            f"{math.nan if line['grad_norm'] is None else line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
+            f"{norm:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
 
 
 def clock(seconds: float) -> str:
@@ -408,8 +409,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         say(f"going on after {first} of {steps} steps")
         if earlier["steps"] != steps:
             rates = (c.lr * learning_rate(first, n, c) for n in (earlier["steps"], steps))
-            say(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} and "
-                f"decays to 0 at step {steps}".format(*rates))
+            say(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} "
+                f"and decays to 0 at step {steps}".format(*rates))
     else:
         if c.resume:
             say("nothing was saved yet: starting over")
@@ -528,9 +529,9 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 # --------------------------------------------------------------------------------- interruptions and faults
 
 class Run:
-    """A run's directory, of which one process at a time is the owner. state.safetensors is one file, replaced as a whole,
-    so that a new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from
-    the seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
+    """A run's directory, which one process at a time owns. state.safetensors is one file, replaced as a whole, so that a
+    new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from the seed
+    and the step's number, as the order of the data does. Of several processes, the first alone writes."""
 
     def __init__(self, out: Path, team: "Team"):
         self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
@@ -541,7 +542,8 @@ class Run:
             return
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
-            aside = next(p for i in itertools.count(1) if not (p := self.out.with_name(f"{self.out.name}-{i}")).exists())
+            names = (self.out.with_name(f"{self.out.name}-{i}") for i in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             self.out.rename(aside)
             self.metrics.close()
             print(f"the earlier run in {self.out} is now in {aside}")
@@ -575,7 +577,8 @@ class Run:
             os.fsync(self.metrics.fileno())
             info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
             tensors = adapter_state(model)
-            moments = {f"{name}.{key}": value for name, p in tensors.items() for key, value in optimizer.state[p].items()}
+            moments = {f"{name}.{key}": value for name, p in tensors.items()
+                       for key, value in optimizer.state[p].items()}
             write_tensors(self.state, tensors | moments, json.dumps(info))
             save_adapter(model, self.out / "last")
         self.step = step
@@ -623,7 +626,7 @@ def explain(error: Exception, c: Config, run: Run) -> str:
     if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
         return f"cannot write: {error}; {run.advice()}"
     if run.team.size > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
-        return f"process {run.team.rank}: another process of this run has ended, its own message says why; {run.advice()}"
+        return f"process {run.team.rank}: another process has ended, its own message says why; {run.advice()}"
     return ""
 
 
@@ -682,9 +685,9 @@ class Team(NamedTuple):
             dist.barrier()
 
     def add_up(self, parameters, sums: torch.Tensor) -> torch.Tensor:
-        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts of
-        the whole batch, so that the sum is what one process would have. Adapters are small: one buffer, one exchange,
-        after the backward, instead of DistributedDataParallel's many during it; and it is exact for shares that differ."""
+        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts
+        of the whole batch, so that the sum is what one process would have, also where shares differ. Adapters are
+        small: one buffer and one exchange after the backward do for DistributedDataParallel's many during it."""
         if self.size == 1:
             return sums
         flat = torch.cat([*(p.grad.flatten() for p in parameters), sums])
@@ -695,8 +698,8 @@ class Team(NamedTuple):
         return sums
 
     def shard(self, base: Transformer):
-        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's forward
-        or backward comes. Adapters and their optimizer stay whole everywhere, and all else stays as it is."""
+        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's turn
+        in forward or backward comes. Adapters and their optimizer stay whole everywhere, all else is as it was."""
         adapters = set(adapter_state(base).values())
         for p in adapters:
             p.data = p.data.to(self.device)
@@ -711,13 +714,14 @@ ANSWER_TOKENS = 10  # about as many as an answer has, in either form
 
 
 def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) -> int:
-    """Bytes that a forward of one record of max_len tokens keeps for its backward: a real forward of fake tensors, which
-    have shapes and no memory, whose saved tensors are counted."""
+    """Bytes that a forward of one record of max_len tokens keeps for its backward: those of a real forward, of fake
+    tensors, which have shapes and no memory."""
     kept = {}
 
     def count(tensor):
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())  # holding it keeps its number
+        # held on to, so that no other storage gets its number
+        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())
         return tensor
 
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -725,11 +729,11 @@ def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) 
         for module in model.modules():  # fake tensors know no model.to(dtype)
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, torch.nn.Parameter(p.to(dtype)))
-        inject_adapters(model, adapter_config(c))
+        inject_adapters(model, dataclasses.replace(adapter_config(c), skip_closed=0.0))  # at worst, none is closed
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             row = torch.arange(c.max_len)[None]
-            logits = model(row, documents=row, select=row[0, -ANSWER_TOKENS:])
+            logits = model(row, select=row[0, -ANSWER_TOKENS:])
             loss = F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)  # noqa: F841
     return sum(size for _, size in kept.values())
 
@@ -761,9 +765,9 @@ def plan(c: Config) -> str:
         return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
 
     lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
-             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a token's "
-             f"activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
-             f"GiB of a process, if each of its {c.micro_batch or f'{c.batch} / N'} records at a time has {c.max_len} tokens:",
+             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a "
+             f"token's activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
+             f"GiB of a process whose {c.micro_batch or f'{c.batch} / N'} records at a time have {c.max_len} tokens each:",
              f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
     for n in (1, 2, 4, 8):
         plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))

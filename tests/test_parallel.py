@@ -151,7 +151,7 @@ def test_the_plan_counts_what_a_real_forward_keeps(method, llama):
         logits = model(row, documents=row, select=row[0, -train.ANSWER_TOKENS:])
         F.cross_entropy(logits, row[0, -train.ANSWER_TOKENS:]) + gate_entropy(model)
     real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-    assert train.kept_for_backward(model.config, c, torch.float32) == pytest.approx(real, rel=0.01)
+    assert train.kept_for_backward(model.config, c, torch.float32) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.slow
