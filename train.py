@@ -530,8 +530,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
 class Run:
     """A run's directory, which one process at a time owns. state.safetensors is one file, replaced as a whole, so that
-    a new adapter is never beside an old optimizer. Nothing in it is random: a step's random numbers follow from the seed
-    and the step's number, as the order of the data does. Of several processes, the first alone writes."""
+    a new adapter never is beside an old optimizer. Nothing in it is random: a step's random numbers follow from the
+    seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
 
     def __init__(self, out: Path, team: "Team"):
         self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
@@ -767,7 +767,7 @@ def plan(c: Config) -> str:
     lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
              f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a "
              f"token's activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
-             f"GiB of a process with {c.micro_batch or f'{c.batch} / N'} records at a time, of {c.max_len} tokens each:",
+             f"GiB of a process with {c.micro_batch or f'{c.batch} / N'} records at a time of {c.max_len} tokens each:",
              f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
     for n in (1, 2, 4, 8):
         plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
