@@ -314,32 +314,47 @@ def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------- to disk and back
 
 def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one."""
+    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
+    power cut too: the contents are on the disk before they get their name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        wait_for_disk(temporary)
         os.replace(temporary, path)
+        wait_for_disk(path.parent)  # a directory's contents are its names
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def wait_for_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def save_adapter(model: nn.Module, directory) -> None:
     """Writes adapter.safetensors (the adapter's tensors alone) and adapter.json (its AdapterConfig)."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter_state(model).items()}
+    tensors = adapter_state(model)
     if not tensors:
         raise UserError("the model has no adapter to save")
     config = json.dumps(asdict(model.adapter_config), indent=2) + "\n"
-    metadata = {"sha256": checksum(tensors)}
-    write_atomically(Path(directory) / "adapter.safetensors", lambda path: save_file(tensors, path, metadata))
+    write_tensors(Path(directory) / "adapter.safetensors", tensors, config)  # there too, where its checksum covers it
     write_atomically(Path(directory) / "adapter.json", lambda path: path.write_text(config))
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values: safetensors itself notices a file cut short, but not a flipped byte."""
-    digest = hashlib.sha256()
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str = "") -> None:
+    """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"info": info, "sha256": checksum(tensors, info)}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata))
+
+
+def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
+    """SHA-256 of names, values and text: safetensors itself notices a file cut short, but not a flipped byte."""
+    digest = hashlib.sha256(info.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
@@ -356,7 +371,10 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
         with reading(Path(directory)):
             config, tensors = read_peft(model, file)
     else:
-        config, tensors = read_adapter_config(directory), read_tensors(file)
+        config, (tensors, info) = read_adapter_config(directory), read_tensors(file, with_info=True)
+        if info and AdapterConfig(**json.loads(info)) != config:
+            raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
+                            "damaged, copy it again")
     fresh = not gated_layers(model)
     if fresh:
         try:
@@ -383,16 +401,18 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     return config
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; UserError if it is not there or not whole."""
+def read_tensors(file: Path, with_info: bool = False):
+    """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
+    it; UserError if the file is not there or not whole."""
     if not file.exists():
         raise UserError(f"{file}: not found")
     with reading(file), safe_open(file, framework="pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-        expected = (handle.metadata() or {}).get("sha256")
-    if expected not in (None, checksum(tensors)):
+        metadata = handle.metadata() or {}
+    info = metadata.get("info", "")
+    if metadata.get("sha256") not in (None, checksum(tensors, info)):
         raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
-    return tensors
+    return (tensors, info) if with_info else tensors
 
 
 def read_adapter_config(directory) -> AdapterConfig:

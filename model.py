@@ -538,8 +538,17 @@ def find_model(name_or_path: str) -> Path:
     return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
 
 
-def read_directory(directory: Path):
-    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+def read_config(name_or_path: str) -> TransformerConfig:
+    """The config alone of a published model (`CONFIGS`), a directory, of which config.json is enough, or a .gguf file.
+    Downloads nothing and reads no weights."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return directory_config(path)[0]
+    return read_gguf(path)[0] if path.suffix == ".gguf" and path.is_file() else TransformerConfig.from_name(name_or_path)
+
+
+def directory_config(directory: Path) -> tuple[TransformerConfig, str]:
+    """The config and the family, gpt2 or llama, of a directory in Hugging Face layout."""
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}/config.json: not found; a model directory needs config.json, *.safetensors and "
                         "tokenizer files")
@@ -549,11 +558,16 @@ def read_directory(directory: Path):
         raise UserError(f"{directory}: architecture '{family}' is not supported; gpt2 and llama are")
     with reading(directory / "config.json"):
         try:
-            config = gpt2_config(raw) if family == "gpt2" else llama_config(raw)
+            return gpt2_config(raw) if family == "gpt2" else llama_config(raw), family
         except KeyError as error:
             raise UserError(f"field {error} is missing") from None
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def read_directory(directory: Path):
+    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+    config, family = directory_config(directory)
     index = directory / "model.safetensors.index.json"
     files = shards(index) if index.exists() else [directory / "model.safetensors"]
     for file in files:

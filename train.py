@@ -5,34 +5,52 @@
     python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
     python train.py --help
 
-A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), and the
-adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read.
+    python train.py --resume out/quickstart                    # an interrupted run goes on, as if it never had stopped
+    torchrun --nproc_per_node=4 -- train.py --init gpt2-medium # four processes share each batch
+
+A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
+adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, by
+which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: interruptions and
+faults, several processes, the memory plan.
 """
 import argparse
 import dataclasses
+import fcntl
+import hashlib
 import inspect
 import itertools
 import json
 import math
+import os
 import platform
 import random
 import re
 import resource
+import shlex
+import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, pack, training_question
-from data.download import Flags, UserError, run_command, unwritable
+from data.download import Flags, UserError, read_json, run_command, unwritable
 from data.prepare import TASKS, count_repeated, hold_out, load_records, prepare
 from eval import device_problems, evaluate, headline, pick_device
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values,
-                    inject_adapters, load_adapter, save_adapter, write_atomically)
-from model import Transformer, load_tokenizer
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
+                    inject_adapters, load_adapter, read_tensors, save_adapter, write_atomically, write_tensors)
+from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
 
 
 # ----------------------------------------------------------------------------------------- configuration
@@ -43,6 +61,7 @@ class Config:
     preset: str = ""                # a named set of other defaults: quickstart
     init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, a .gguf file
     out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
+    resume: str = ""                # go on with the run in this directory, with its settings
     # the method
     peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
     gate: str = ""                  # none, token or static; default: token for gatera, none for the others
@@ -74,12 +93,15 @@ class Config:
     validation: int = 120           # rows of the tasks' held-out slices that pick best/ (see eval.py --split val)
     eval_every: int = 200           # steps between validations
     log_every: int = 10             # steps between progress lines
+    save_every: int = 100           # steps between checkpoints, from which --resume goes on
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
+    plan: bool = False              # only print how much memory the run would need; reads no weights and no data
+    fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
 
 
 PRESETS = {
@@ -89,6 +111,9 @@ PRESETS = {
                        validation=40, eval_every=20, log_every=2, test=200),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What --resume may set anew: it changes no step, or only how many there are. (--data has to hold the same records.)
+MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
+              "test", "device", "compile", "checkpointing", "fsdp", "plan")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
 
 
@@ -109,7 +134,13 @@ def parse(argv: list[str]) -> Config:
     preset = given.get("preset", "")
     if preset and preset not in PRESETS:
         wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    config = Config(**(PRESETS.get(preset, {}) | given))
+    recorded = recorded_config(Path(given["resume"])) if given.get("resume") else {}
+    wrong += [f"--{name.replace('_', '-')} {given[name]}: the run to resume has {value}"
+              for name, value in recorded.items() if name not in MAY_CHANGE and given.get(name, value) != value]
+    config = Config(**(PRESETS.get(preset, {}) | recorded | given))
+    if config.resume:
+        wrong += [f"--out {config.out}: a run is resumed where it is"] if "out" in given else []
+        config.out = config.resume
     config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
     base = Path(config.init).name.removesuffix(".gguf")
     config.out = config.out or f"out/{preset or f'{base}-{config.peft}-{config.gate}'}"
@@ -137,9 +168,11 @@ def check(c: Config) -> list[str]:
         (not c.max_steps or c.warmup < c.max_steps,
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
+        (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
+        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
     ]
     rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
-              for name in ("batch", "epochs", "eval_every", "log_every")]
+              for name in ("batch", "epochs", "eval_every", "log_every", "save_every")]
     rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
               for name in ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup",
                            "clip", "validation", "test")]
@@ -161,6 +194,15 @@ def out_problems(out: Path) -> list[str]:
     if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
         return [f"--out {out}: the directory holds other things than a run; expected a new or empty one"]
     return []
+
+
+def recorded_config(out: Path) -> dict:
+    """The settings of the run in `out`. Its dtype is no longer "auto": what that meant, it has to mean again."""
+    facts = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if not {"config", "dtype", "steps", "data_sha256"} <= set(facts):
+        raise UserError(f"--resume {out}: there is no run; expected a directory with the config.json of one")
+    known = {field.name for field in dataclasses.fields(Config)}
+    return {k: v for k, v in facts["config"].items() if k in known} | {"dtype": facts["dtype"].removeprefix("torch.")}
 
 
 def task_names(c: Config) -> list[str]:
@@ -253,16 +295,9 @@ def progress(line: dict, steps: int) -> str:
     if "gate_prompt" in line:
         gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
                  f" answer {line.get('gate_answer', math.nan):.2f}")
+    norm = math.nan if line["grad_norm"] is None else line["grad_norm"]
     return (f"step {line['step']:>5}/{steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm "
-            f"{line['grad_norm']:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
-
-
-def keep_earlier_run(out: Path) -> None:
-    """Moves a run that is already in `out` aside, to out-1, out-2, ...: a new run overwrites nothing."""
-    if (out / "metrics.jsonl").exists():
-        aside = next(path for i in itertools.count(1) if not (path := out.with_name(f"{out.name}-{i}")).exists())
-        out.rename(aside)
-        print(f"the earlier run in {out} is now in {aside}")
+            f"{norm:.2f} | {line['tokens_per_s']:,.0f} tokens/s | {line['memory_gib']:.1f} GiB")
 
 
 def clock(seconds: float) -> str:
@@ -274,11 +309,31 @@ def clock(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
+    if c.plan:
+        print(plan(c))
+        return {}
     device, dtype = pick_device(c.device, c.dtype)
-    out = Path(c.out)
-    started = time.time()
+    team = Team.join(device)
+    run, signals = Run(Path(c.out), team), Signals()
+    try:
+        return train(c, dtype, team, run, signals)
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if not (text := explain(error, c, run)):
+            raise
+        raise UserError(text) from error
+    finally:
+        signals.release()
+        with suppress(OSError):  # on a full disk, the line that could not be written would raise once more
+            run.metrics and run.metrics.close()
+
+
+def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Signals") -> dict:
+    device, out, started = team.device, run.out, time.time()
+    say = print if team.rank == 0 else lambda *args, **kwargs: None
 
     # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
+    if team.rank > 0:
+        team.wait()  # for the first process, which downloads what is not there yet
     tokenizer = load_tokenizer(c.init)
     if tokenizer.eos is None:
         raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
@@ -286,127 +341,428 @@ def main(argv: list[str] | None = None) -> dict:
     encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
     validation = [encode(record) for record in validation_records]
 
-    base = Transformer.from_pretrained(c.init, dtype=dtype, device=device)
-    base.gradient_checkpointing = c.checkpointing
-    if c.max_len > base.config.max_len:
-        raise UserError(f"--max-len {c.max_len} is longer than the base's context of {base.config.max_len}")
-    n_base = sum(p.numel() for p in base.parameters())
+    if team.rank == 0:
+        team.wait()
+
+    # Of safetensors in `dtype`, the CPU maps the file, of which all processes see one copy: see Team.shard.
+    model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else device)
+    model.gradient_checkpointing = c.checkpointing
+    if c.max_len > model.config.max_len:
+        raise UserError(f"--max-len {c.max_len} is longer than the base's context of {model.config.max_len}")
+    n_base = sum(p.numel() for p in model.parameters())
 
     torch.manual_seed(c.seed)
-    inject_adapters(base, adapter_config(c))
-    trainable = adapter_state(base)
+    inject_adapters(model, adapter_config(c))
+    trainable = adapter_state(model)
     n_trainable = sum(p.numel() for p in trainable.values())
-    share = 100 * n_trainable / (n_base + n_trainable)
-    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{share:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}")
+    portion = 100 * n_trainable / (n_base + n_trainable)
+    say(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
+        f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
+        + (f"; {team.size} processes" if team.size > 1 else ""))
+
+    if c.fsdp:
+        team.shard(model)
 
     gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
     others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
     groups = [{"params": others, "lr": c.lr}, {"params": gates, "lr": c.gate_lr or c.lr}]
     groups = [group | {"peak": group["lr"]} for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)  # noqa: E731
-    model = torch.compile(base, dynamic=True) if c.compile else base  # after injection: the graph holds the adapters
+    if c.compile:
+        compile_blocks(model)
     model.train()
 
     steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
     if c.warmup >= steps:
         raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
-          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
+    say(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
+        f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
-    keep_earlier_run(out)
-    metrics = out / "metrics.jsonl"
-    facts = {"config": dataclasses.asdict(c), "adapter": dataclasses.asdict(base.adapter_config), "steps": steps,
-             "base_parameters": n_base, "trainable_parameters": n_trainable, "device": str(device), "dtype": str(dtype),
-             "torch": torch.__version__, "python": platform.python_version()}
-    write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
-    metrics.write_text(json.dumps(facts) + "\n")
-
-    def record(line: dict):
-        with open(metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
+    facts = {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
+             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable, "data_sha256": digest,
+             "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
+             "python": platform.python_version()}
+    first, best, cut = 0, math.inf, 0  # step; lowest validation loss; prompts that were too long
+    run.start(bool(c.resume))
+    if c.resume and (saved := run.load(model, optimizer)):
+        first, best, cut = saved["step"], saved["best"], saved["cut"]
+        scaler.load_state_dict(saved["scaler"])
+        earlier = read_json(out / "config.json")
+        if earlier["data_sha256"] != digest:
+            raise UserError(f"--resume {out}: the training or validation records have changed since the run began")
+        if first > steps:
+            raise UserError(f"--resume {out}: {first} steps are done already, more than the {steps} wanted")
+        run.cut(saved["metrics"])  # lines of steps that were not saved come again
+        say(f"going on after {first} of {steps} steps")
+        if earlier["steps"] != steps:
+            rates = (c.lr * learning_rate(first, n, c) for n in (earlier["steps"], steps))
+            say(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} "
+                f"and decays to 0 at step {steps}".format(*rates))
+    else:
+        if c.resume:
+            say("nothing was saved yet: starting over")
+        run.cut(0)
+        run.record(facts)
+    run.write("config.json", facts)
 
     # ------------------------------------------------------------------------------------------- the loop
-    order = batches(len(train_records), c)
-    best, cut = math.inf, 0                              # lowest validation loss; prompts that were too long
+    order = itertools.islice(batches(len(train_records), c), first, steps)
+    size = c.micro_batch or math.ceil(c.batch / team.size)
+
+    def prepare(numbers: list[int]) -> SimpleNamespace:
+        """A batch's records as this process's micro-batches, and what the whole batch counts."""
+        questions = [encode(train_records[i]) for i in numbers]
+        own, most = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
+        # As many forwards on every process, since --fsdp makes them together; a share with no record left for one takes
+        # any, and weighs it 0.
+        micro = [(pack(own[i:i + size] or questions[:1]), i < len(own)) for i in range(0, most, size)]
+        return SimpleNamespace(numbers=numbers, micro=micro, n_answer=sum(len(q.answers[0]) for q in questions),
+                               n_token=sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions),
+                               cut=sum(q.cut > 0 for q in questions))
+
     tokens_since, clock_since = 0, time.time()           # of the present progress line
-    for step in range(steps):
+    signals.catch()
+    ready = prepare(next(order, []))
+    for step in range(first, steps):
+        # Dropout depends on seed, step and process alone, so that it is the same after a --resume.
+        torch.manual_seed(random.Random(f"{c.seed} {step} {team.rank}").getrandbits(63))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
-        questions = [encode(train_records[i]) for i in next(order)]
-        cut += sum(question.cut > 0 for question in questions)
-        size = c.micro_batch or c.batch
-        micro = [pack(questions[i:i + size]) for i in range(0, len(questions), size)]
-        n_answer, n_token = sum(len(m.targets) for m in micro), sum(m.ids.numel() for m in micro)
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task
         # is over the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
-        loss = entropy = 0.0
-        for batch in micro:
+        data, loss, entropy = ready, 0.0, 0.0
+        for batch, weight in data.micro:
             batch = batch.to(device)
             with autocast():
                 logits = model(batch.ids, documents=batch.documents, select=batch.select)             # (M, V)
-                task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") / n_answer
-                uncertainty = gate_entropy(base) * (batch.ids.numel() / n_token)  # this micro-batch's share
+                task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") * weight / data.n_answer
+                uncertainty = gate_entropy(model) * (weight * batch.ids.numel() / data.n_token)  # its share
             scaler.scale(task + c.entropy_weight * uncertainty).backward()
             loss, entropy = loss + task.detach(), entropy + uncertainty.detach()
+        sums = torch.stack([loss, entropy, loss.new_tensor(len(signals.caught))])
+        loss, entropy, caught = team.add_up(trainable.values(), sums)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # leaves out a step whose gradients overflowed float16
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        tokens_since += n_token
+        tokens_since, cut = tokens_since + data.n_token, cut + data.cut
+        ready = prepare(next(order, []))  # while a GPU still computes; then the one wait for it in a step
+        loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
+        overflow = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+            raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
+                            f"float32; the batch was {where(data.numbers, train_records, c)}; {run.advice()}")
 
         is_last = step == steps - 1
         if step % c.log_every == 0 or is_last:
-            line = {"step": step, "loss": float(loss), "entropy": float(entropy),
-                    **mean_gates(base, batch.is_answer),  # of the last micro-batch
-                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
-            if not math.isfinite(line["loss"]):
-                raise UserError(f"step {step}: the loss is {line['loss']}; lower --lr, or use --dtype float32")
+            line = {"step": step, "loss": loss, "entropy": entropy,
+                    **mean_gates(model, batch.is_answer),  # of the last micro-batch
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
             now = time.time()
             line |= {"tokens_per_s": tokens_since / (now - clock_since), "memory_gib": peak_memory(device)}
             left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
             tokens_since, clock_since = 0, now
-            record(line)
-            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
+            run.record(line)
+            say(f"{progress(line, steps)} | {clock(left)} left", flush=True)
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
             paused = time.time()
-            value = validation_loss(model, validation, autocast, device, size)
+            value = validation_loss(model, validation, autocast, device, size)  # the same on every process
             if not math.isfinite(value):
-                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32")
-            record({"step": step, "validation_loss": value})
-            print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
+                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32; "
+                                f"{run.advice()}")
+            run.record({"step": step, "validation_loss": value})
+            say(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
                 best = value
-                save_adapter(base, out / "best")
+                run.save_best(model)
             clock_since += time.time() - paused
-    save_adapter(base, out / "last")
+        if caught or is_last or (step + 1) % c.save_every == 0:
+            run.save(step + 1, model, optimizer, best=best, cut=cut, scaler=scaler.state_dict())
+        if caught:  # here or in another process
+            team.wait()
+            say(f"interrupted; {run.advice()}")
+            sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
+    signals.release()
     if validation:
-        load_adapter(base, out / "best")
+        team.wait()
+        load_adapter(model, out / "best")
     else:
-        save_adapter(base, out / "best")
+        run.save_best(model)
 
     # -------------------------------------------------------------------------------------------- results
     if cut:
-        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
+        say(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
     results = {"steps": steps, "best_validation_loss": best if validation else None,
                "seconds": time.time() - started, "tasks": {}}
     for task, records in test_records.items():
-        print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
-        with adapters_off(base):  # the frozen base is what it was
-            before = evaluate(base, tokenizer, records, c.form, c.max_len)
-        after = evaluate(base, tokenizer, records, c.form, c.max_len)
+        say(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
+        with adapters_off(model):  # the frozen base is what it was
+            before = evaluate(model, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
+        after = evaluate(model, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
         results["tasks"][task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
         name = "acc_norm" if c.form == "cloze" else "acc"
-        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
-              f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
-    write_atomically(out / "training.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
-    print(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
-          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
+        say(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
+            f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
+    run.write("training.json", results)
+    say(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
+        f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
+
+
+# ======================================================================= what a first reading can leave out
+
+# --------------------------------------------------------------------------------- interruptions and faults
+
+class Run:
+    """A run's directory, which one process at a time owns. state.safetensors is one file, replaced as a whole, so that
+    a new adapter never is beside an old optimizer. Nothing in it is random: a step's random numbers follow from the
+    seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
+
+    def __init__(self, out: Path, team: "Team"):
+        self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
+
+    def start(self, resuming: bool):
+        """Becomes the owner. Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
+        if self.team.rank > 0:
+            return
+        if not resuming and (self.out / "metrics.jsonl").exists():
+            self.lock()
+            names = (self.out.with_name(f"{self.out.name}-{i}") for i in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            self.out.rename(aside)
+            self.metrics.close()
+            print(f"the earlier run in {self.out} is now in {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        for half in self.out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+            half.unlink()
+
+    def lock(self):
+        self.metrics = open(self.out / "metrics.jsonl", "a")
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
+        except BlockingIOError:
+            self.metrics.close()
+            raise UserError(f"--out {self.out}: another run is writing there; wait for it, or choose another") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def cut(self, size: int):
+        if self.metrics:
+            self.metrics.truncate(size)
+
+    def record(self, line: dict):
+        if self.metrics:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+
+    def save(self, step: int, model, optimizer, **info):
+        """All that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
+        if self.metrics:
+            os.fsync(self.metrics.fileno())
+            info |= {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
+            tensors = adapter_state(model)
+            moments = {f"{name}.{key}": value for name, p in tensors.items()
+                       for key, value in optimizer.state[p].items()}
+            write_tensors(self.state, tensors | moments, json.dumps(info))
+            save_adapter(model, self.out / "last")
+        self.step = step
+
+    def save_best(self, model):
+        if self.metrics:
+            save_adapter(model, self.out / "best")
+
+    def write(self, name: str, values: dict):
+        if self.metrics:
+            write_atomically(self.out / name, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+
+    def load(self, model, optimizer) -> dict:
+        """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
+        if not self.state.exists():
+            return {}
+        tensors, info = read_tensors(self.state, with_info=True)
+        info, own = json.loads(info), adapter_state(model)
+        names = {p: name for name, p in own.items()}
+        state = optimizer.state_dict()
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        # without moments, if float16 has overflowed in every step so far
+        state["state"] = {i: {key: tensors[name].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                              if (name := f"{names[p]}.{key}") in tensors} for i, p in enumerate(order)}
+        optimizer.load_state_dict(state)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+        self.step = info["step"]
+        return info
+
+    def advice(self) -> str:
+        if self.step is None:
+            return "nothing was saved yet"
+        program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size} --"
+        return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
+                f"{program} train.py --resume {shlex.quote(str(self.out))}")
+
+
+def explain(error: Exception, c: Config, run: Run) -> str:
+    """What a user can do about a fault of the machine; "" for an error that is one of ours."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        return (f"out of memory: lower --micro-batch (now {c.micro_batch or c.batch}) or --max-len (now {c.max_len})"
+                f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
+    if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
+        return f"cannot write: {error}; {run.advice()}"
+    if run.team.size > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+        return f"process {run.team.rank}: another process has ended, its own message says why; {run.advice()}"
+    return ""
+
+
+def where(numbers: list[int], records: list[dict], c: Config) -> str:
+    """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
+    lines = {}
+    for number in numbers:
+        task = records[number]["task"]
+        originals = load_records(task, "train", **({"out": Path(c.data)} if c.data else {}))
+        lines.setdefault(task, []).append(str(originals.index(records[number]) + 1))
+    return "; ".join(f"{task} {', '.join(of_task)}" for task, of_task in lines.items())
+
+
+class Signals:
+    """Between `catch` and `release`, Ctrl-C and SIGTERM are noted in `caught`, for the loop to stop after the step in
+    hand. A second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.caught, self.before = [], {}
+
+    def catch(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        self.caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+class Team(NamedTuple):
+    """The processes that torchrun started, each with a share of every batch. Alone: rank 0 of 1."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: torch.device) -> "Team":
+        rank, size, local = (int(os.environ.get(name, no)) for name, no in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if "RANK" in os.environ:
+            if device.type == "cuda":
+                device = torch.device("cuda", local)
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(rank, size, device)
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def add_up(self, parameters, sums: torch.Tensor) -> torch.Tensor:
+        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts
+        of the whole batch, so that the sum is what one process would have, also where shares differ. Adapters are
+        small: one buffer and one exchange after the backward do for DistributedDataParallel's many during it."""
+        if self.size == 1:
+            return sums
+        flat = torch.cat([*(p.grad.flatten() for p in parameters), sums])
+        dist.all_reduce(flat)
+        *grads, sums = flat.split([*(p.numel() for p in parameters), len(sums)])
+        for p, grad in zip(parameters, grads):
+            p.grad.copy_(grad.view_as(p))
+        return sums
+
+    def shard(self, base: Transformer):
+        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's turn
+        in forward or backward comes. Adapters and their optimizer stay whole everywhere, all else is as it was."""
+        adapters = set(adapter_state(base).values())
+        for p in adapters:
+            p.data = p.data.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for module in (*base.blocks, base):  # one by one: no more than a block is whole on the device
+            fully_shard(module, mesh=mesh, ignored_params=adapters)
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+ANSWER_TOKENS = 10  # about as many as an answer has, in either form
+
+
+def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) -> int:
+    """Bytes that a forward of one record of max_len tokens keeps for its backward: those of a real forward, of fake
+    tensors, which have shapes and no memory."""
+    kept = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        # held on to, so that no other storage gets its number
+        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())
+        return tensor
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model = Transformer(config)
+        for module in model.modules():  # fake tensors know no model.to(dtype)
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
+        inject_adapters(model, dataclasses.replace(adapter_config(c), skip_closed=0.0))  # at worst, none is closed
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            row = torch.arange(c.max_len)[None]
+            logits = model(row, select=row[0, -ANSWER_TOKENS:])
+            loss = F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)  # noqa: F841
+    return sum(size for _, size in kept.values())
+
+
+def plan(c: Config) -> str:
+    """The memory a run needs, from its configuration alone: a table for 1 to 8 processes, with and without --fsdp and
+    --checkpointing, for records that all have max_len tokens."""
+    config, (device, dtype) = read_config(c.init), pick_device(c.device, c.dtype)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+        inject_adapters(model, adapter_config(c))
+    adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
+    n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
+    n_block = sum(p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
+    block, base, ends = (n * dtype.itemsize for n in (n_block, n_base, n_base - config.n_layer * n_block))
+    training = sum(4 * p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
+    of_block, of_ends = two - one, 2 * one - two    # a record's
+    of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
+    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
+    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft != "lora" else 0
+    program = 0.85 * 2**30 if device.type == "cpu" else 0  # Python, PyTorch and the heap's gaps, as measured
+
+    def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
+        records = c.micro_batch or math.ceil(c.batch / n)
+        inputs = c.max_len * config.d_model * dtype.itemsize  # of a block, which is all that checkpointing keeps
+        activations = of_block + config.n_layer * inputs if checkpointing else config.n_layer * of_block
+        weights = (base / n + ends + 2 * block) if fsdp else base  # of a block, and the next one
+        return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
+
+    lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
+             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a "
+             f"token's activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
+             f"GiB of a process with {c.micro_batch or f'{c.batch} / N'} records at a time of {c.max_len} tokens each:",
+             f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
+    for n in (1, 2, 4, 8):
+        plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
+        lines.append(f"{n:>10} {plain:>10.1f} {less:>16.1f} " + (f"{spread:>10.1f} {both:>10.1f}" if n > 1 else ""))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

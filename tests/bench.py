@@ -290,7 +290,6 @@ def growth(args):
         floor = needed_operations(these, method, work) / matrix_rate(these, work[0])
         print(f"| {what} | {', '.join(f'{k} {v}' for k, v in changes.items())} | {real_tokens(work[0])} | {seconds:.2f} | "
               f"{seconds / floor:.2f} |", flush=True)
-        del step
 
 
 def open_a_fifth(model, batch):
@@ -305,70 +304,70 @@ def open_a_fifth(model, batch):
 
 
 def parts(args):
-    work = batches(args)[0]
-    row = lambda name, value, against: print(f"| {name} | {value} | {against} |", flush=True)  # noqa: E731
     print("| what | measured | against |\n|---|---|---|")
+    for part in (steps_with_gates, scoring_and_decoding, starting):
+        for row in part(args):
+            print(f"| {' | '.join(row)} |", flush=True)
 
-    steps = {}
+
+def steps_with_gates(args):
+    work, steps = batches(args)[0], {}
     for method in ("lora", "lora+gate", "hira", "gatera"):
         steps[method] = our_side(args, method)[0]
     for plain, gated in (("lora", "lora+gate"), ("hira", "gatera")):
         a, b = in_turn(args, lambda: steps[plain](work), lambda: steps[gated](work))
-        row(f"token gate on {plain}", f"{100 * (b / a - 1):+.1f} %", f"a step without it, {a:.2f} s")
+        yield f"token gate on {plain}", f"{100 * (b / a - 1):+.1f} %", f"a step without it, {a:.2f} s"
     skipping, model = our_side(variant(args, adapter=dict(skip_closed=0.5)), "gatera")
     open_a_fifth(model, pack(work).to(args.device))
-    open_share = torch.cat([g.flatten() for g in open_shares(model)]).float().mean().item()
-    base = [steps["lora"], steps["gatera"], skipping]
-    a, b, c = in_turn(args, *(lambda step=step: step(work) for step in base))
-    row(f"gatera --skip-closed, {100 * open_share:.0f} % of gates open", f"{c / a:.2f} x ({b / a:.2f} x without skipping)",
-        f"a LoRA step, {a:.2f} s")
-    del steps, base, skipping
+    a, b, c = in_turn(args, *(lambda step=step: step(work) for step in (steps["lora"], steps["gatera"], skipping)))
+    opened = torch.cat([layer.gate_logit.detach().flatten() > 0 for layer in gated_layers(model).values()])
+    yield (f"gatera --skip-closed, {100 * opened.float().mean():.0f} % of gates open",
+           f"{c / a:.2f} x ({b / a:.2f} x without skipping)", f"a LoRA step, {a:.2f} s")
 
+
+def scoring_and_decoding(args):
     tokenizer, model = load_tokenizer("smollm2-135m"), load_base(args).eval()
     inject_adapters(model, AdapterConfig("hira", "token", r=args.r))
     records = load_records("ARC-Easy", "test")[:24]
-    questions = [q for r in records for q in scoring_questions(r, args.form, tokenizer, 512)]
-    pairs = [(tokenizer.encode(p), tokenizer.encode(a)) for r in records for p, a in to_text(r, args.form)]
+    questions = [question for record in records for question in scoring_questions(record, args.form, tokenizer, 512)]
+    pairs = [(tokenizer.encode(p), tokenizer.encode(a)) for record in records for p, a in to_text(record, args.form)]
 
     @torch.no_grad()
     def plain_loop():
-        return [model(torch.tensor([p + a], device=args.device))[0, len(p) - 1:-1].float().log_softmax(-1)[range(len(a)), a]
-                .sum().item() for p, a in pairs]
-    flat = [score for scores in log_likelihoods(model, questions) for score in scores]
-    worst = max(abs(a - b) for a, b in zip(flat, plain_loop()))
+        scores = []
+        for prompt, answer in pairs:
+            logits = model(torch.tensor([prompt + answer], device=args.device))[0, len(prompt) - 1:-1].float()
+            scores.append(logits.log_softmax(-1)[range(len(answer)), answer].sum().item())
+        return scores
+
+    packed = [score for scores in log_likelihoods(model, questions) for score in scores]
+    worst = max(abs(a - b) for a, b in zip(packed, plain_loop()))
     a, b = in_turn(args, plain_loop, lambda: log_likelihoods(model, questions))
-    row(f"scoring {len(records)} questions ({args.form})", f"{a / b:.2f} x quicker, scores within {worst:.0e}",
-        f"one forward a choice, {a:.1f} s")
+    yield (f"scoring {len(records)} questions, {args.form}", f"{a / b:.2f} x quicker, scores within {worst:.0e}",
+           f"one forward a choice, {a:.1f} s")
 
-    prompt = [questions[0].prompt]
-    def base_decoding():
-        with adapters_off(model):
-            model.generate(prompt, 32)
-    def decoding(cached=cached_products):
-        with cached(model):
-            model.generate(prompt, 32)
-    a, b, c = in_turn(args, base_decoding, decoding, lambda: decoding(lambda model: contextlib.nullcontext()))
-    row("gatera decoding 32 tokens, products cached", f"{b / a:.2f} x ({c / a:.2f} x without)", f"the base, {a:.2f} s")
+    def decode(how):
+        with how(model):
+            model.generate([questions[0].prompt], 32)
 
-    start, n = time.perf_counter(), 0
+    ways = (adapters_off, cached_products, lambda model: contextlib.nullcontext())
+    a, b, c = in_turn(args, *(lambda how=how: decode(how) for how in ways))
+    yield "gatera decoding 32 tokens", f"{b / a:.2f} x ({c / a:.2f} x without cached_products)", f"the base, {a:.2f} s"
+
+
+def starting(args):
+    tokenizer, n, start = load_tokenizer("smollm2-135m"), 0, time.perf_counter()
     for task in TASKS:
         for record in load_records(task, "train"):
             n += len(training_question(record, "label", tokenizer, 512).prompt)
-    took = time.perf_counter() - start
-    row("reading and tokenising the training sets", f"{took:.0f} s, {n:,} prompt tokens", "one process")
+    yield "reading and tokenising commonsense_170k", f"{time.perf_counter() - start:.0f} s", f"{n:,} prompt tokens"
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        run = subprocess.Popen([sys.executable, ROOT / "train.py", "--preset", "quickstart", "--out", f"{out}/run"],
-                               stdout=subprocess.PIPE, text=True)
-        next(line for line in run.stdout if line.startswith("step"))
-        took = time.perf_counter() - start
-        run.kill()
-        run.wait()
-    row("train.py --preset quickstart, all cached", f"{took:.1f} s", "to the end of its first step")
-
-
-def open_shares(model):
-    return [layer.gate_logit.detach() > 0 for layer in gated_layers(model).values()]
+        command = [sys.executable, "-u", ROOT / "train.py", "--preset", "quickstart", "--out", f"{out}/run"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+            next(line for line in run.stdout if line.startswith("step"))
+            yield "train.py --preset quickstart, all cached", f"{time.perf_counter() - start:.1f} s", "to its first step's end"
+            run.kill()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,339 @@
+"""Interruptions and faults: nothing is lost, nothing is silently wrong."""
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import write_llama
+from data.download import UserError
+from gatera import load_adapter
+from model import Transformer
+from test_train import SAMPLE, adapter, metrics
+
+# Each process that gets killed is a fork of one that has torch loaded already and has computed nothing yet.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch._dynamo", "train", "test_resume"])  # AdamW imports the first
+
+
+def flags(base, directory, *more):
+    return ["--init", str(base), "--data", SAMPLE, "--out", str(directory), "--r", "4", "--warmup", "2", "--batch", "4",
+            "--micro-batch", "3", "--tasks", "piqa,ARC-Easy", "--form", "cloze", "--dropout", "0.2", "--max-steps", "10", "--validation", "2", "--eval-every", "3",
+            "--log-every", "2", "--save-every", "4", "--device", "cpu", "--lr", "1e-2", *more]
+
+
+def timeless(directory):
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gib", "config")}
+            for line in metrics(directory)]
+
+
+def same(a, b):
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_equal_runs(a, b):
+    assert timeless(a) == timeless(b)
+    assert same(adapter(a), adapter(b)) and same(adapter(a, "best"), adapter(b, "best"))
+    assert same(load_file(a / "state.safetensors"), load_file(b / "state.safetensors"))  # the optimizer's too
+
+
+def signal_at(monkeypatch, number, step):
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda at, *rest: (
+        os.kill(os.getpid(), number) if at == step else None, rate(at, *rest))[1])
+
+
+@pytest.mark.parametrize("method", [("lora", "none"), ("lora", "token"), ("dora", "none"), ("dora", "static"),
+                                    ("hira", "none"), ("gatera", "token")])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(method, llama, tmp_path, monkeypatch, capsys):
+    method = ("--peft", method[0], "--gate", method[1])
+    train.main(flags(llama, tmp_path / "whole", *method))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        signal_at(patch, signal.SIGTERM, 4)  # a step whose progress line is written, and that is no save's
+        train.main(flags(llama, tmp_path / "cut", *method))
+    assert stopped.value.code == 143
+    assert f"python train.py --resume {tmp_path / 'cut'}" in capsys.readouterr().out
+    assert timeless(tmp_path / "cut") != timeless(tmp_path / "whole")
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lost in a crash": 1}\n{"ste')
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert "going on after 5 of 10 steps" in capsys.readouterr().out
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    train.main(["--resume", str(tmp_path / "cut")])  # of a finished run: nothing is left to do
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def resume_or_start(base, directory):
+    return ["--resume", str(directory)] if (directory / "config.json").exists() else flags(base, directory, "--save-every", "1")
+
+
+def test_killed_at_random_moments_it_ends_the_same(tmp_path):
+    base, whole, cut = write_llama(tmp_path / "llama"), tmp_path / "whole", tmp_path / "cut"
+    started = time.time()
+    process = PROCESSES.Process(target=train.main, args=(flags(base, whole, "--save-every", "1"),))
+    process.start()
+    process.join()
+    seconds, chance, kills = time.time() - started, random.Random(1), 0
+    while kills < 10:
+        process = PROCESSES.Process(target=train.main, args=(resume_or_start(base, cut),))
+        process.start()
+        process.join(chance.uniform(0.2, 0.8) * seconds)
+        process.kill()
+        process.join()
+        kills += 1
+    train.main(resume_or_start(base, cut))
+    assert_equal_runs(whole, cut)
+    assert not list(cut.rglob(".*.tmp"))
+
+
+def killed_at(function, call, argv):
+    """Runs train.main(argv) in this process, which kills itself at a call of os.`function`."""
+    original, calls = getattr(os, function), []
+
+    def counting(*args):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(os, function, counting)
+    train.main(argv)
+
+
+def test_killed_at_any_moment_of_a_save_it_ends_the_same(llama, tmp_path):
+    """With --save-every 1 a step's calls are: metrics on the disk; then for each of state, last/adapter.safetensors,
+    last/adapter.json, and of the two of best/ after a validation: contents on the disk, new name, name on the disk."""
+    train.main(flags(llama, tmp_path / "whole", "--save-every", "1"))
+    for function, call in (("fsync", 5), ("fsync", 6), ("replace", 4), ("replace", 5), ("fsync", 13), ("replace", 9)):
+        process = PROCESSES.Process(target=killed_at, args=(function, call, resume_or_start(llama, tmp_path / "cut")))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    train.main(resume_or_start(llama, tmp_path / "cut"))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def wait_for(condition, seconds=30):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+def test_control_c_saves_and_a_second_one_stops_at_once(llama, tmp_path):
+    out = tmp_path / "run"
+    started = lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 1  # noqa: E731
+    process = PROCESSES.Process(target=train.main, args=(flags(llama, out, "--max-steps", "100000", "--save-every", "100000"),))
+    process.start()
+    wait_for(started)
+    assert not (out / "state.safetensors").exists()
+    with pytest.raises(UserError, match="another run is writing there"):  # neither beside it ...
+        train.main(flags(llama, out))
+    with pytest.raises(UserError, match="another run is writing there"):  # ... nor on with it
+        train.main(["--resume", str(out)])
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130 and (out / "state.safetensors").exists()
+    process = PROCESSES.Process(target=stuck, args=(["--resume", str(out)],))
+    process.start()
+    lines = len(metrics(out))
+    wait_for(lambda: (out / "stuck").exists())
+    for _ in range(2):
+        time.sleep(0.1)
+        os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == -signal.SIGINT and len(metrics(out)) <= lines
+
+
+def stuck(argv):
+    """A run whose steps never end."""
+    def sleep(*args):
+        open(argv[1] + "/stuck", "w").close()
+        time.sleep(60)
+    train.learning_rate = sleep
+    train.main(argv)
+
+
+@pytest.fixture
+def stopped(llama, tmp_path, monkeypatch):
+    """A run of ten steps that was stopped after six."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, signal.SIGTERM, 5)
+        train.main(flags(llama, tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_other_settings_are_refused_by_name(stopped, capsys):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        train.main(["--resume", str(stopped), "--lr", "0.5", "--r", "8", "--batch", "4", "--dtype", "bfloat16",
+                    "--out", "elsewhere"])
+    for text in ("--lr 0.5: the run to resume has 0.01", "--r 8: the run to resume has 4", "--dtype bfloat16", "--out elsewhere"):
+        assert text in str(caught.value)
+    assert "--batch" not in str(caught.value)
+    with pytest.raises(UserError, match="6 steps are done already, more than the 5 wanted"):
+        train.main(["--resume", str(stopped), "--max-steps", "5"])
+    for nothing in (stopped / "best", stopped.parent / "llama"):
+        with pytest.raises(UserError, match="there is no run"):
+            train.main(["--resume", str(nothing)])
+    assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+
+
+def test_more_steps_are_allowed_and_told(stopped, capsys):
+    train.main(["--resume", str(stopped), "--max-steps", "20", "--log-every", "1", "--save-every", "7"])
+    assert "learning rate goes on from 5.00e-03 instead of 7.78e-03" in capsys.readouterr().out
+    lines = [line for line in metrics(stopped) if "loss" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4, *range(6, 20)]
+    assert lines[3]["lr"] == pytest.approx(0.01 * 14 / 18) and json.loads((stopped / "config.json").read_text())["steps"] == 20
+
+
+def test_other_records_are_refused(stopped, tmp_path):
+    for task in ("piqa", "ARC-Easy"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        text = Path(SAMPLE, task, "train.jsonl").read_text()
+        (tmp_path / "data" / task / "train.jsonl").write_text(text.replace("the", "that", 1))
+    with pytest.raises(UserError, match="records have changed since the run began"):
+        train.main(["--resume", str(stopped), "--data", str(tmp_path / "data")])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "flipped text"])
+def test_a_damaged_checkpoint_is_noticed(damage, stopped):
+    file = stopped / "state.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "cut":
+        data = data[:-5]
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 4
+    else:
+        data[data.index(b'step\\": 6') + 8] ^= 1
+    file.write_bytes(data)
+    before = (stopped / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"state.safetensors: (broken or truncated|its contents do not match)"):
+        train.main(["--resume", str(stopped)])
+    assert (stopped / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_adapter_json_is_noticed(stopped, llama):
+    file = stopped / "last" / "adapter.json"
+    text = file.read_text()
+    load_adapter(Transformer.from_pretrained(llama), stopped / "last")
+    file.write_text(text.replace('"dropout": 0.2', '"dropout": 0.3'))
+    with pytest.raises(UserError, match="adapter.json is not what was saved"):
+        load_adapter(Transformer.from_pretrained(llama), stopped / "last")
+
+
+def test_a_filesystem_without_locks_does_not_stop_a_run(llama, tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    train.main(flags(llama, tmp_path / "run", "--max-steps", "3"))
+    assert (tmp_path / "run" / "training.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------- faults
+
+def fault_at(monkeypatch, step, fault):
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda at, *rest: (fault() if at == step else None, rate(at, *rest))[1])
+
+
+def assert_the_checkpoint_is_good(whole, out):
+    train.main(["--resume", str(out)])
+    assert_equal_runs(whole, out)
+
+
+@pytest.mark.parametrize("fault", [lambda: torch.empty(2**50), lambda: [0] * 2**60])
+def test_out_of_memory_names_what_to_lower(fault, llama, tmp_path, monkeypatch):
+    train.main(flags(llama, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        fault_at(patch, 6, fault)
+        train.main(flags(llama, tmp_path / "run"))
+    for text in ("out of memory: lower --micro-batch (now 3) or --max-len (now 512), or add --checkpointing",
+                 "learnt in 4 steps", f"python train.py --resume {tmp_path / 'run'}"):
+        assert text in str(caught.value)
+    assert_the_checkpoint_is_good(tmp_path / "whole", tmp_path / "run")
+
+
+def full_at(step, size, argv):
+    """A run in this process, for which files cannot grow over `size` bytes from `step` on."""
+    rate = train.learning_rate
+    train.learning_rate = lambda at, *rest: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)) if at == step else None, rate(at, *rest))[1]
+    try:
+        train.main(argv)
+    except UserError as error:
+        Path(argv[5] + ".error").write_text(str(error))
+
+
+@pytest.mark.parametrize("size, what", [(30_000, "state"), (500, "metrics")])
+def test_a_full_disk_leaves_the_last_checkpoint(size, what, llama, tmp_path):
+    train.main(flags(llama, tmp_path / "whole"))
+    process = PROCESSES.Process(target=full_at, args=(5, size, flags(llama, tmp_path / "run")))
+    process.start()
+    process.join(60)
+    error = Path(f"{tmp_path / 'run'}.error").read_text()
+    assert "cannot write" in error and "File too large" in error and "learnt in 4 steps" in error
+    assert_the_checkpoint_is_good(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_the_run(where, llama, tmp_path, monkeypatch):
+    train.main(flags(llama, tmp_path / "whole", "--entropy-weight", "1"))
+    entropy, now = train.gate_entropy, [0]
+    with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
+        fault_at(patch, 6, lambda: now.append(6))
+        if where == "loss":
+            patch.setattr(train, "gate_entropy", lambda model: entropy(model) * (math.inf if now[-1] == 6 else 1))
+        else:
+            patch.setattr(train, "gate_entropy", lambda model: NotFinite.apply(entropy(model)) if now[-1] == 6 else entropy(model))
+        train.main(flags(llama, tmp_path / "run", "--entropy-weight", "1"))
+    assert re.search(r"step 6: the loss is (inf|\d.*), the gradient's norm (nan|inf); lower --lr.*; the batch was "
+                     r"(piqa|ARC-Easy) \d.*; what was learnt in 4 steps", str(caught.value)), caught.value
+    assert_the_checkpoint_is_good(tmp_path / "whole", tmp_path / "run")
+
+
+class NotFinite(torch.autograd.Function):
+    """x, with a gradient that is inf."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * math.inf
+
+
+def test_the_batch_is_named_by_task_and_line(llama):
+    c = train.parse(["--init", str(llama), "--data", SAMPLE, "--tasks", "piqa,boolq", "--validation", "2"])
+    records, _, _ = train.load_data(c)
+    numbers = [0, len(records) - 1]
+    found = dict(part.split(" ") for part in train.where(numbers, records, c).split("; "))
+    assert set(found) == {"piqa", "boolq"}
+    for number in numbers:
+        task = records[number]["task"]
+        assert json.loads(Path(SAMPLE, task, "train.jsonl").read_text().splitlines()[int(found[task]) - 1])["question"] == records[number]["question"]
+
+
+def test_steps_that_overflow_float16_are_left_out(llama, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**40))
+    train.main(flags(llama, tmp_path / "whole", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
+    norms = [line["grad_norm"] for line in metrics(tmp_path / "whole") if "loss" in line]
+    assert norms[0] is None and None not in norms[-3:]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, signal.SIGTERM, 7)
+        train.main(flags(llama, tmp_path / "cut", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
+    train.main(["--resume", str(tmp_path / "cut")])  # with the scale as it was
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
