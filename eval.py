@@ -23,6 +23,8 @@ evaluation that was interrupted goes on where it was when started again.
 import argparse
 import base64
 import codecs
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -43,7 +45,7 @@ from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.download import Flags, UserError, read_json, run_command, unwritable
 from data.prepare import TASKS, load_records
 from gatera import (adapter_state, adapters_off, cached_products, checksum, export_peft, gate_values, gated_layers,
-                    load_adapter, merge_adapters, write_atomically)
+                    load_adapter, merge_adapters, set_skip_closed, write_atomically)
 from model import KVCache, Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 PROTOCOLS = (*FORMS, "generate")
@@ -88,7 +90,8 @@ def rank_choices(model, tokenizer, records: list[dict], form: str, max_len: int)
     predictions = []
     for record, questions in zip(records, several):
         sums = [score for _ in questions for score in next(scores)]
-        lengths = [max(1, len(answer.strip())) for _, answer in to_text(record, form)]
+        # BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is quoted without
+        lengths = [1 if record["task"] == "boolq" else len(answer.strip()) for _, answer in to_text(record, form)]
         best = lambda values: max(range(len(values)), key=values.__getitem__)  # noqa: E731
         predictions.append({"scores": sums, "prediction": best(sums),
                             "prediction_norm": best([score / n for score, n in zip(sums, lengths)]),
@@ -180,9 +183,9 @@ def summarise(predictions: list[dict], protocol: str) -> dict:
     result = {"n": n, "acc": percent(p["prediction"] == p["label"] for p in predictions)}
     if protocol != "generate":
         result["acc_norm"] = percent(p["prediction_norm"] == p["label"] for p in predictions)
-    commonest = Counter(p["label"] for p in predictions).most_common(1)
+    commonest = max(Counter(p["label"] for p in predictions).values(), default=0)
     return result | {"interval": wilson(sum(correct(p, protocol) for p in predictions), n),
-                     "majority": percent([commonest[0][1]] if commonest else []),
+                     "majority": 100 * commonest / max(1, n),
                      "unparsed": sum(p["prediction"] is None for p in predictions),
                      "cut": sum(p["cut"] for p in predictions)}
 
@@ -202,14 +205,16 @@ def headline(result: dict, protocol: str) -> float:
 
 
 def mean_result(results: dict[str, dict], protocol: str) -> dict:
-    """The unweighted mean over tasks, as papers report it, with its 95 % interval from the tasks' own variances."""
-    shares = [(headline(result, protocol) / 100, result["n"]) for result in results.values()]
-    value = 100 * sum(p for p, _ in shares) / len(shares)
-    half = 196 / len(shares) * math.sqrt(sum(p * (1 - p) / n for p, n in shares))
-    mean = {key: sum(result[key] for result in results.values()) / len(shares)
-            for key in ("acc", "acc_norm", "majority") if all(key in result for result in results.values())}
-    total = {key: sum(result[key] for result in results.values()) for key in ("n", "unparsed", "cut")}
-    return mean | total | {"interval": [value - half, value + half]}
+    """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
+    Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
+    several = list(results.values())
+    values = [headline(result, protocol) for result in several]
+    value = sum(values) / len(values)
+    low, high = (math.dist(values, [result["interval"][side] for result in several]) / len(values) for side in (0, 1))
+    mean = {key: sum(result[key] for result in several) / len(several)
+            for key in ("acc", "acc_norm", "majority") if key in several[0]}
+    total = {key: sum(result[key] for result in several) for key in ("n", "unparsed", "cut")}
+    return mean | total | {"interval": [value - low, value + high]}
 
 
 def table(results: dict[str, dict], protocol: str) -> str:
@@ -229,6 +234,24 @@ def write_json(path: Path, value) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+@contextlib.contextmanager
+def claimed(directory: Path):
+    """Nobody else evaluates into a directory meanwhile. The kernel lets go of it when the process ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{directory}: another evaluation writes there; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) -> dict[str, list[dict]]:
     """{task: predictions} that an earlier evaluation left in `out`, whole or interrupted, if it was of the very same
     thing: model, adapter's contents, protocol and records. Anything else in `out` is moved aside and not mixed in."""
@@ -238,63 +261,81 @@ def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) ->
     differ = [name for name, value in configuration.items() if old.get("configuration", {}).get(name) != value]
     differ += [f"{task}'s records" for task, digest in data.items() if old.get("data", {}).get(task, digest) != digest]
     if differ:
-        aside = next(path for i in itertools.count(1) if not (path := out.with_name(f"{out.name}-old{i}")).exists())
-        out.rename(aside)
+        aside = next(path for i in itertools.count(1) if not (path := out / f"earlier{i}").exists())
+        aside.mkdir()
+        for name in ("predictions.jsonl", "results.json"):  # in this order, a kill in between loses nothing
+            if (out / name).exists():
+                (out / name).rename(aside / name)
         print(f"{out} held another evaluation ({', '.join(differ)} differ), which is now in {aside}")
         return {}
-    earlier = {}
-    file = out / "predictions.jsonl"
+    return {task: list(several.values()) for task, several in read_predictions(out).items()}
+
+
+def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
+    """{task: {index: prediction}} of predictions.jsonl."""
+    file, found = directory / "predictions.jsonl", {}
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # a last line cut short has no end
     for number, line in enumerate(lines, 1):
         try:
             prediction = json.loads(line)
-            earlier.setdefault(prediction["task"], []).append(prediction)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}, line {number}: not a prediction; delete {out} and evaluate again") from None
-    return earlier
+            if not {"label", "prediction", "cut"} <= prediction.keys():
+                raise ValueError
+            found.setdefault(prediction["task"], {})[prediction["index"]] = prediction
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file}, line {number}: not a prediction; delete {directory} and evaluate again") from None
+    return found
 
 
 # --------------------------------------------------------------------------------------------- comparing
 
 # What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
-SHARED_SETTINGS = ("base", "tasks", "data", "form", "limit", "max_len", "batch", "steps", "validation", "seed")
-UNIMPORTANT = ("preset", "out", "init", "eval_every", "log_every", "test", "device", "compile", "checkpointing",
-               "micro_batch", "epochs", "max_steps")
+SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "batch", "steps", "validation",
+                   "eval_every", "seed")
+UNIMPORTANT = ("preset", "out", "init", "data", "resume", "log_every", "save_every", "test", "device", "compile",
+               "checkpointing", "micro_batch", "epochs", "max_steps", "fsdp", "plan")
+
+
+def results_name(args, name: str, protocol: str) -> str:
+    """Results of each adapter, protocol, split and limit have a directory of their own, to stand side by side."""
+    return "-".join([name, *(["gates"] if args.gates else []), protocol, *(["val"] if args.split == "val" else []),
+                     *([str(args.limit)] if args.limit else []),
+                     *([f"beams{args.beams}"] if protocol == "generate" and args.beams != 4 else []),
+                     *([f"skip{args.skip_closed}"] if args.skip_closed is not None else [])])
 
 
 def find_results(place: str, args) -> Path:
-    """The directory of a run's results that --protocol, --split, --limit and --adapter choose, or `place` itself."""
+    """The directory of a run's results that --protocol, --split, --limit, ... choose, or `place` itself."""
     directory = Path(place)
     if (directory / "predictions.jsonl").exists():
         return directory
-    found = sorted(path.parent for path in directory.glob("eval/*/predictions.jsonl"))
-    summaries = {path: read_json(path / "results.json") for path in found if "-old" not in path.name}
-    fits = [path for path, summary in summaries.items() if path.name.startswith(args.adapter)
-            and summary["configuration"]["split"] == args.split
-            and args.protocol in (None, summary["configuration"]["protocol"])
-            and args.limit in (0, summary["configuration"]["limit"])]
-    if len(fits) != 1:
-        raise UserError(f"{place}: {len(fits) or 'no'} results there" + (
-            f" ({', '.join(path.name for path in fits)}); choose with --protocol and --limit, or name one" if fits else
-            f" of --split {args.split}; first: python eval.py --run {place}"))
-    return fits[0]
+    facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    protocol = args.protocol or facts.get("config", {}).get("form", "cloze")
+    chosen = directory / "eval" / results_name(args, args.adapter, protocol)
+    if (chosen / "predictions.jsonl").exists():
+        return chosen
+    there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
+    raise UserError(f"{place}: no results called {chosen.name} there; " + (
+        f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one" if there else
+        f"first: python eval.py --run {place}"))
 
 
 def load_results(place: str, args) -> tuple[dict, dict[str, list[float]]]:
     """(results.json, {task: 1.0 or 0.0 for each question}) of an evaluated run."""
     directory = find_results(place, args)
-    summary, hits = read_json(directory / "results.json"), {}
-    for line in (directory / "predictions.jsonl").read_text().splitlines():
-        prediction = json.loads(line)
-        value = float(correct(prediction, summary["configuration"]["protocol"]))
-        hits.setdefault(prediction["task"], {})[prediction["index"]] = value
-    return summary, {task: [hits[task][i] for i in sorted(hits[task])] for task in summary["tasks"]}
+    summary, found = read_json(directory / "results.json"), read_predictions(directory)
+    if not {"configuration", "settings", "data", "tasks"} <= summary.keys():
+        raise UserError(f"{directory}/results.json: of another version of eval.py; evaluate again")
+    if short := [task for task, result in summary["tasks"].items() if len(found.get(task, ())) != result["n"]]:
+        raise UserError(f"{directory}: predictions of {', '.join(short)} are missing; evaluate again")
+    protocol = summary["configuration"]["protocol"]
+    return summary, {task: [float(correct(found[task][i], protocol)) for i in sorted(found[task])]
+                     for task in summary["tasks"]}
 
 
 def setting_differences(groups: list[list[dict]]) -> tuple[list[str], list[str]]:
     """(settings that differ and should not, settings that are compared), each as "name: first / second / ..."."""
-    settings = [[{"base": summary["configuration"]["base_sha256"][:8], **(summary["settings"] or {})}
-                 for summary in group] for group in groups]
+    base = lambda summary: "{base_sha256:.8} in {dtype}".format(**summary["configuration"])  # noqa: E731
+    settings = [[{"base": base(summary), **(summary["settings"] or {})} for summary in group] for group in groups]
     names = sorted({name for group in settings for s in group for name in s} - set(UNIMPORTANT))
     wrong, compared = [], []
     for name in names:
@@ -422,8 +463,8 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
-    """For each record its prompt and the answer that the model generates: {"task", "tokens", "prompt" (how many of the
-    tokens), "cut" (how many the prompt lost), "gates" (G, T)}."""
+    """For each record its prompt (of cloze WinoGrande, up to its first choice) and the answer that the model generates:
+    {"task", "tokens", "prompt" (how many of the tokens), "cut" (how many the prompt lost), "gates" (G, T)}."""
     traces = []
     room = min(max_len, model.config.max_len - NEW_TOKENS)
     with cached_products(model):
@@ -548,9 +589,9 @@ def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> l
     return ["gates-layers.png", "gates-histogram.png", "gates-position.png"]
 
 
-def read_metrics(run: str | None) -> list[dict]:
-    file = Path(run or "") / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if run and file.is_file() else []  # a last line cut short has no end
+def read_metrics(run: str) -> list[dict]:
+    file = Path(run) / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.is_file() else []  # a last line cut short has no end
     return [json.loads(line) for line in lines]
 
 
@@ -581,8 +622,9 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
     return [path.name]
 
 
-def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_len: int, run: str, out: Path):
-    """eval.py --gates: writes gates.html, the pictures, and their numbers in results.json."""
+def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_len: int, args, out: Path):
+    """eval.py --gates: writes gates.html, the pictures, and their numbers in gates.json."""
+    run = args.run
     names = [name for name, layer in gated_layers(model).items() if layer.gate != "none"]
     if not names:
         raise UserError(f"{run}: its adapter has no gates to show")
@@ -594,17 +636,15 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
     write_gate_page(shown, names, title, out / "gates.html")
     files = ["gates.html", *draw_gates(traces, names, title, out),
              *draw_training({Path(run).name: read_metrics(run)}, out / "training.png")]
-    write_json(out / "results.json", {"gates": numbers})
+    write_json(out / "gates.json", {"title": title, "form": form, "split": args.split, "gates": numbers})
     for phase in ("prompt", "answer"):
-        if numbers[phase]["tokens"]:
-            print("{phase}: mean gate {mean:.3f} over {tokens:,} tokens; {low:.1%} below 0.05, {high:.1%} above 0.95; "
-                  "entropy {entropy_bits:.3f} bits; {each}".format(
-                      phase=phase, low=numbers[phase]["below_0.05"], high=numbers[phase]["above_0.95"],
-                      each=", ".join(f"{k} {v:.2f}" for k, v in numbers[phase]["projections"].items()),
-                      **numbers[phase]))
+        if (seen := numbers[phase])["tokens"]:
+            print(f"{phase}: mean gate {seen['mean']:.3f} over {seen['tokens']:,} tokens; {seen['below_0.05']:.1%} "
+                  f"below 0.05, {seen['above_0.95']:.1%} above 0.95; entropy {seen['entropy_bits']:.3f} bits; "
+                  + ", ".join(f"{name} {value:.2f}" for name, value in seen["projections"].items()))
     if numbers["cut"]:
         print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")
-    print(f"wrote {out}/results.json, {', '.join(files)}")
+    print(f"wrote {out}/gates.json, {', '.join(files)}")
     return {"gates": numbers}
 
 
@@ -654,7 +694,7 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
                     print(" >>>", end="", flush=True)  # the answer starts
                 else:
                     answer += read
-        print()
+        print(decoder.decode(b"", True))
         answers[title] = tokenizer.decode(answer)
         if not gated_layers(model):
             break
@@ -699,9 +739,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "test"), default="test",
                         help="val: the part of the training sets that train.py leaves out, to choose settings [test]")
     parser.add_argument("--limit", type=int, default=0, help="the first so many questions of each task; 0: all")
-    parser.add_argument("--data", help="a directory of <task>/test.jsonl; default data/commonsense, made if need be")
+    parser.add_argument("--data", help="a directory of <task>/{train,test}.jsonl; default data/commonsense")
     parser.add_argument("--max-len", type=int, default=0,
                         help="longer questions lose the start of their prompt; default the run's, or 512")
+    parser.add_argument("--skip-closed", type=float, help="HiRA with a token gate: tokens with a gate up to this skip "
+                        "the update and its cost; default the run's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
@@ -727,7 +769,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         configs = [path for path in configs if path.exists()]
         facts = read_json(configs[0]) if configs else {}  # of the run, also for one of its adapters
         run = facts.get("config", {})
-        if not isinstance(run, dict) or not isinstance(run.get("init", ""), str):
+        kinds = {"init": str, "tasks": str, "form": str, "max_len": int}
+        if not (isinstance(run, dict) and all(isinstance(run.get(name, kind()), kind) for name, kind in kinds.items())):
             raise UserError(f"{configs[0]}: not the config.json of a run")
         if not Path(args.run).is_dir():
             wrong.append(f"{args.run}: no such directory")
@@ -748,8 +791,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     wrong += [f"--{' and --'.join(modes)}: expected one of them"] if len(modes) > 1 else []
     if not (args.run or args.init or args.compare):
         wrong.append("nothing to evaluate: pass --run DIRECTORY or --init MODEL")
-    elif modes in (["gates"], ["export"]) and not args.run:
-        wrong.append(f"--{modes[0]} needs --run DIRECTORY")
+    elif (modes in (["gates"], ["export"]) or args.skip_closed is not None) and not args.run:
+        wrong.append(f"--{(modes or ['skip-closed'])[0]} needs --run DIRECTORY")
     target = args.export[1] if args.export else args.out or args.run or "out"
     if modes != ["compare"] and (problem := unwritable(Path(target), empty=bool(args.export))):
         wrong.append(f"--{'export' if args.export else 'out'} {problem}")
@@ -799,54 +842,59 @@ def main(argv: list[str] | None = None) -> dict:
     max_len = args.max_len or min(run.get("max_len", 512), model.config.max_len)
     if max_len > model.config.max_len:
         raise UserError(f"--max-len {max_len} is longer than the base's context of {model.config.max_len}")
+    room = min(max_len, model.config.max_len - NEW_TOKENS)  # of a prompt that is answered in new tokens
+    if room < 16 and (protocol == "generate" or args.gates or args.prompt is not None):
+        raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
     # The start of each weight tells one base from another, at no cost.
     base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
     if adapter is not None:
         load_adapter(model, adapter)
+        if args.skip_closed is not None:
+            set_skip_closed(model, args.skip_closed)
     if args.export:
         return export(model, base, *args.export)
     if args.prompt is not None:
-        return show_decoding(model, tokenizer, args.prompt.replace("\\n", "\n"), max_len - NEW_TOKENS)
-    # A directory for each adapter, protocol, split and limit, so that their results stand side by side.
-    kind = [args.adapter if args.run else Path(base).stem, "gates" if args.gates else protocol,
-            *(["val"] if args.split == "val" else []), *([str(args.limit)] if args.limit else []),
-            *([f"beams{args.beams}"] if protocol == "generate" and args.beams != 4 else [])]
-    out = Path(args.out) if args.out else Path(args.run or "out") / "eval" / "-".join(kind)
+        return show_decoding(model, tokenizer, args.prompt.replace("\\n", "\n"), room)
+    name = args.adapter if args.run else Path(base).name.removesuffix(".gguf")
+    out = Path(args.out) if args.out else Path(args.run or "out") / "eval" / results_name(args, name, protocol)
     if args.gates:
-        form = args.protocol if args.protocol in FORMS else form
-        return show_gates(model, tokenizer, records, form, max_len, args.run, out)
+        form = protocol if protocol in FORMS else "label"
+        return show_gates(model, tokenizer, records, form, max_len, args, out)
 
     print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol}, {sum(map(len, records.values())):,} questions "
           f"({args.split})")
     data = {task: digest(several) for task, several in records.items()}
     trained = {name: p.detach().cpu() for name, p in adapter_state(model).items()}
-    configuration = {"base": base, "base_sha256": base_hash, "adapter_sha256": checksum(trained) if trained else None,
-                     "protocol": protocol, "split": args.split, "limit": args.limit, "max_len": max_len,
+    configuration = {"base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
+                     "adapter_sha256": checksum(trained) if trained else None, "protocol": protocol,
+                     "split": args.split, "limit": args.limit, "max_len": max_len,
                      "beams": args.beams if protocol == "generate" else None, "dtype": str(dtype),
                      "torch": torch.__version__}
-    earlier = earlier_predictions(out, configuration, data)
-    before = read_json(out / "results.json") if (out / "results.json").exists() else {}
     summary = {"configuration": configuration, "adapter": str(adapter) if adapter else None,
-               "settings": run | {"steps": facts["steps"]} if "steps" in facts else run or None,
-               "python": platform.python_version(), "device": str(device), "data": before.get("data", {}) | data,
-               "tasks": before.get("tasks", {})}
-    write_json(out / "results.json", summary)
-    whole = "".join(json.dumps(p) + "\n" for several in earlier.values() for p in several)
-    write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
-    with open(out / "predictions.jsonl", "a") as file:
-        def keep(new: list[dict]):
-            file.write("".join(json.dumps(prediction) + "\n" for prediction in new))
-            file.flush()
+               "settings": run | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
+               "python": platform.python_version(), "device": str(device), "data": data, "tasks": {}}
+    with claimed(out):
+        earlier = earlier_predictions(out, configuration, data)
+        if (out / "results.json").exists():  # of the same thing: its other tasks stay
+            before = read_json(out / "results.json")
+            summary |= {name: before[name] | summary[name] for name in ("data", "tasks")}
+        write_json(out / "results.json", summary)
+        whole = "".join(json.dumps(p) + "\n" for several in earlier.values() for p in several)
+        write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
+        with open(out / "predictions.jsonl", "a") as file:
+            def keep(new: list[dict]):
+                file.write("".join(json.dumps(prediction) + "\n" for prediction in new))
+                file.flush()
 
-        for task in tasks:
-            if kept := earlier.get(task):
-                print(f"{task}: {len(kept):,} predictions were already in {out}")
-            result = evaluate(model, tokenizer, records[task], protocol, max_len, beams=args.beams,
-                              earlier=earlier.get(task, ()), keep=keep)
-            result.pop("predictions")
-            summary["tasks"][task] = result
-            summary["mean"] = mean_result(summary["tasks"], protocol)
-            write_json(out / "results.json", summary)
+            for task in tasks:
+                if kept := earlier.get(task):
+                    print(f"{task}: {len(kept):,} predictions were already in {out}")
+                result = evaluate(model, tokenizer, records[task], protocol, max_len, beams=args.beams,
+                                  earlier=earlier.get(task, ()), keep=keep)
+                result.pop("predictions")
+                summary["tasks"][task] = result
+                summary["mean"] = mean_result(summary["tasks"], protocol)
+                write_json(out / "results.json", summary)
     print(table(summary["tasks"], protocol))
     print(f"wrote {out}/results.json and predictions.jsonl")
     return summary

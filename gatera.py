@@ -25,7 +25,7 @@ import os
 import re
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -108,7 +108,7 @@ class GatedHadamard(torch.autograd.Function):
         dense = ((B * lift).to(x.dtype) @ A.to(x.dtype)).mul_(W0)       # (out, in)
         y = x @ dense.t()                                               # (N, out)
         if g is not None:
-            return y.mul_((g / lift).to(x.dtype))
+            y = y.mul_(g.to(x.dtype))
         return y if lift == 1 else y.div_(lift)
 
     @staticmethod
@@ -134,7 +134,7 @@ class GatedLinear(nn.Module):
     """A frozen nn.Linear with an adapter and a gate; `weight` and `bias` keep their names in the state dict.
 
     forward: x (..., in) -> (..., out). `gate_logit` (..., 1) holds the gate's z = w_g . x + b_g of the last forward,
-    in float32, for the entropy term and for looking at; None without a gate.
+    in float32 after a product in x's dtype, for the entropy term and for looking at; None without a gate.
     """
 
     def __init__(self, linear: nn.Linear, config: AdapterConfig):
@@ -174,6 +174,13 @@ class GatedLinear(nn.Module):
             cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
             return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
 
+    def hadamard(self, x: torch.Tensor, W0: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
+        """g * (W0 ⊙ B A) x, (N, in) -> (N, out), by the product that `cached_products` keeps if there is one."""
+        if self.dense is None or torch.is_grad_enabled():
+            return GatedHadamard.apply(x, W0, self.A, self.B, g)
+        delta = x @ self.dense.t()
+        return delta if g is None else delta.mul_(g.to(x.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -189,7 +196,7 @@ class GatedLinear(nn.Module):
         if self.gate == "token":
             z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g      # (N, 1)
         elif self.gate == "static":
-            z = self.b_g.expand(len(x), 1)
+            z = self.b_g.repeat(len(x), 1)
         if self.gate != "none":
             g = torch.sigmoid(z)
             if not Recomputing.now:
@@ -198,18 +205,12 @@ class GatedLinear(nn.Module):
         dropping = self.training and self.dropout > 0
         x_in = F.dropout(x, self.dropout) if dropping else x
         if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
-            if self.dense is not None and not torch.is_grad_enabled():
-                delta = x_in @ self.dense.t()
-                delta = delta if g is None else delta * g.to(x.dtype)
-            elif g is not None and self.skip_closed > 0:
-                # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is
-                # lost of the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
-                opened = (g > self.skip_closed).flatten().nonzero().flatten()                # (P,)
-                part = GatedHadamard.apply(x_in[opened], W0, self.A, self.B, g[opened])      # (P, out)
-                return y.index_add_(0, opened, part).view(*rows, -1)
-            else:
-                delta = GatedHadamard.apply(x_in, W0, self.A, self.B, g)
-            return (y + delta).view(*rows, -1)
+            if g is None or self.skip_closed == 0:
+                return (y + self.hadamard(x_in, W0, g)).view(*rows, -1)
+            # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of
+            # the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
+            opened = (g > self.skip_closed).flatten().nonzero().flatten()       # (P,)
+            return y.index_add_(0, opened, self.hadamard(x_in[opened], W0, g[opened])).view(*rows, -1)
 
         # LoRA: Delta(x) = s B A x. The gate scales r numbers before B, not many after it.
         low, B = self.scaling * F.linear(x_in, self.A.to(x.dtype)), self.B      # (N, r), (out, r)
@@ -268,6 +269,14 @@ def adapters_off(model: nn.Module):
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+def set_skip_closed(model: nn.Module, threshold: float) -> None:
+    """Lets tokens with a gate up to `threshold` skip Delta from now on, as AdapterConfig.skip_closed does from the
+    start: what a trained adapter loses by it is easily tried. UserError where that saves nothing, or out of range."""
+    model.adapter_config = replace(model.adapter_config, skip_closed=threshold)
+    for layer in gated_layers(model).values():
+        layer.skip_closed = threshold
 
 
 @contextmanager

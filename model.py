@@ -165,9 +165,9 @@ class Flow(NamedTuple):
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
     # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
     # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
-    lengths: torch.Tensor | None  # (D,) of documents that lie end to end and share nothing, on a CPU; else None
     grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
     slot: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
+    lengths: torch.Tensor | None  # (D,) on a CPU, where documents lie end to end and share nothing: one by one, no grid
     cache: "KVCache | None"
 
 
@@ -352,7 +352,7 @@ class Transformer(nn.Module):
             angles = positions[..., None].float() * inverse_frequencies(config, ids.device)  # (B, T, S/2)
             angles = torch.cat((angles, angles), dim=-1)[:, :, None]               # (B, T, 1, S)
             rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        flow = Flow(rotary, lengths, grid, slot, None if cache is None else cache.at(positions))
+        flow = Flow(rotary, grid, slot, lengths, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))

@@ -30,8 +30,9 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -46,8 +47,8 @@ from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, pack, training_question
 from data.download import Flags, UserError, read_json, run_command, unwritable
-from data.prepare import TASKS, count_repeated, hold_out, load_records, prepare
-from eval import device_problems, evaluate, headline, pick_device
+from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
+from eval import device_problems, evaluate, headline, log_likelihoods, pick_device
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
                     inject_adapters, load_adapter, read_tensors, save_adapter, write_atomically, write_tensors)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
@@ -111,7 +112,8 @@ PRESETS = {
                        validation=40, eval_every=20, log_every=2, test=200),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What --resume may set anew: it changes no step, or only how many there are. (--data has to hold the same records.)
+# What --resume may set anew: it changes no step but by rounding, or only how many there are. (With --dropout,
+# --micro-batch changes the masks; --data has to hold the same records.)
 MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
               "test", "device", "compile", "checkpointing", "fsdp", "plan")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
@@ -152,7 +154,7 @@ def parse(argv: list[str]) -> Config:
 
 def check(c: Config) -> list[str]:
     """What is wrong with the values, one text each."""
-    tasks, floats = task_names(c), [f.name for f in dataclasses.fields(c) if f.type is float]
+    tasks = task_names(c)
     unknown = [task for task in tasks if task not in TASKS]
     rules = [
         (c.peft in (*METHODS, "gatera"), f"--peft {c.peft}: expected one of {', '.join((*METHODS, 'gatera'))}"),
@@ -171,13 +173,12 @@ def check(c: Config) -> list[str]:
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
         (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
     ]
-    rules += [(getattr(c, name) >= 1, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
-              for name in ("batch", "epochs", "eval_every", "log_every", "save_every")]
-    rules += [(getattr(c, name) >= 0, f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 or more")
-              for name in ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup",
-                           "clip", "validation", "test")]
-    rules += [(math.isfinite(getattr(c, name)),
-               f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number") for name in floats]
+    least = dict.fromkeys(("batch", "epochs", "eval_every", "log_every", "save_every"), 1) | dict.fromkeys(
+        ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
+         "validation", "test"), 0)
+    rules += [(low <= getattr(c, name) < math.inf,
+               f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number, {low} or more")
+              for name, low in least.items()]
     wrong = [message for fine, message in rules if not fine] + device_problems(c.device) + out_problems(Path(c.out))
     if c.peft in (*METHODS, "gatera"):
         try:
@@ -220,15 +221,14 @@ def adapter_config(c: Config) -> AdapterConfig:
 def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
     """(training, validation, test) records: the tasks' training sets as one list, and test questions by task. Rows of
     the tasks' val slices (data/prepare.py) validate; none of them, nor a twin of one, is ever trained on."""
-    extra = {"out": Path(c.data)} if c.data else {}
     if not c.data:
         prepare(task_names(c), ("train", "test") if c.test else ("train",))
     training, val = [], []
     for task in task_names(c):
-        kept, held_out = hold_out(load_records(task, "train", **extra))
+        kept, held_out = hold_out(load_records(task, "train", c.data or DEFAULT))
         training += kept[:c.limit or None]
         val += held_out
-    test = {task: load_records(task, "test", **extra)[:c.test] for task in task_names(c)} if c.test else {}
+    test = {task: load_records(task, "test", c.data or DEFAULT)[:c.test] for task in task_names(c)} if c.test else {}
     if not training:
         raise UserError(f"{len(val)} training records leave none beside those held out for validation")
     if len(val) < c.validation:
@@ -274,19 +274,13 @@ def mean_gates(model, is_answer: torch.Tensor) -> dict[str, float]:
     return {name: values.mean().item() for name, values in phases.items() if len(values)}
 
 
-@torch.no_grad()
-def validation_loss(model, questions, autocast, device, size: int) -> float:
+def validation_loss(model, questions, autocast) -> float:
     """Mean cross entropy of an answer token, in nats."""
     model.eval()
-    total = tokens = 0
-    for i in range(0, len(questions), size):
-        batch = pack(questions[i:i + size]).to(device)
-        with autocast():
-            logits = model(batch.ids, documents=batch.documents, select=batch.select)
-        total += F.cross_entropy(logits.float(), batch.targets, reduction="sum").item()
-        tokens += len(batch.targets)
+    with autocast():
+        total = -sum(scores[0] for scores in log_likelihoods(model, questions))
     model.train()
-    return total / tokens
+    return total / sum(len(question.answers[0]) for question in questions)
 
 
 def progress(line: dict, steps: int) -> str:
@@ -315,8 +309,11 @@ def main(argv: list[str] | None = None) -> dict:
     device, dtype = pick_device(c.device, c.dtype)
     team = Team.join(device)
     run, signals = Run(Path(c.out), team), Signals()
+    # of several processes, the first alone speaks
+    quiet = nullcontext() if team.rank == 0 else redirect_stdout(open(os.devnull, "w"))
     try:
-        return train(c, dtype, team, run, signals)
+        with quiet:
+            return train(c, dtype, team, run, signals)
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if not (text := explain(error, c, run)):
             raise
@@ -329,7 +326,6 @@ def main(argv: list[str] | None = None) -> dict:
 
 def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Signals") -> dict:
     device, out, started = team.device, run.out, time.time()
-    say = print if team.rank == 0 else lambda *args, **kwargs: None
 
     # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
     if team.rank > 0:
@@ -340,11 +336,10 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     train_records, validation_records, test_records = load_data(c)
     encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
     validation = [encode(record) for record in validation_records]
-
     if team.rank == 0:
-        team.wait()
+        team.wait()  # everything is there: the others may go on
 
-    # Of safetensors in `dtype`, the CPU maps the file, of which all processes see one copy: see Team.shard.
+    # With --fsdp first on the CPU, where all processes share one mapped file; Team.shard then moves it block by block.
     model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else device)
     model.gradient_checkpointing = c.checkpointing
     if c.max_len > model.config.max_len:
@@ -356,17 +351,17 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     trainable = adapter_state(model)
     n_trainable = sum(p.numel() for p in trainable.values())
     portion = 100 * n_trainable / (n_base + n_trainable)
-    say(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-        f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
-        + (f"; {team.size} processes" if team.size > 1 else ""))
+    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
+          f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
+          + (f"; {team.size} processes" if team.size > 1 else ""))
 
     if c.fsdp:
         team.shard(model)
 
-    gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
-    others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
-    groups = [{"params": others, "lr": c.lr}, {"params": gates, "lr": c.gate_lr or c.lr}]
-    groups = [group | {"peak": group["lr"]} for group in groups if group["params"]]
+    is_gate = lambda name: name.endswith(("w_g", "b_g"))  # noqa: E731
+    groups = [{"params": [p for name, p in trainable.items() if is_gate(name) == gate], "lr": lr, "peak": lr}
+              for gate, lr in ((False, c.lr), (True, c.gate_lr or c.lr))]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)  # noqa: E731
@@ -377,34 +372,36 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
     if c.warmup >= steps:
         raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    say(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
-        f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
+    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
+          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
 
     digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
     facts = {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
              "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable, "data_sha256": digest,
-             "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
+             "processes": team.size, "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
              "python": platform.python_version()}
     first, best, cut = 0, math.inf, 0  # step; lowest validation loss; prompts that were too long
+    earlier_seconds = 0.0
     run.start(bool(c.resume))
     if c.resume and (saved := run.load(model, optimizer)):
         first, best, cut = saved["step"], saved["best"], saved["cut"]
+        earlier_seconds = saved["seconds"]
         scaler.load_state_dict(saved["scaler"])
         earlier = read_json(out / "config.json")
         if earlier["data_sha256"] != digest:
             raise UserError(f"--resume {out}: the training or validation records have changed since the run began")
         if first > steps:
             raise UserError(f"--resume {out}: {first} steps are done already, more than the {steps} wanted")
-        run.cut(saved["metrics"])  # lines of steps that were not saved come again
-        say(f"going on after {first} of {steps} steps")
+        run.truncate(saved["metrics"])  # lines of steps that were not saved come again
+        print(f"going on after {first} of {steps} steps")
         if earlier["steps"] != steps:
-            rates = (c.lr * learning_rate(first, n, c) for n in (earlier["steps"], steps))
-            say(f"the run had {earlier['steps']} steps: its learning rate goes on from {{:.2e}} instead of {{:.2e}} "
-                f"and decays to 0 at step {steps}".format(*rates))
+            now, before = (c.lr * learning_rate(first, n, c) for n in (steps, earlier["steps"]))
+            print(f"the run had {earlier['steps']} steps: its learning rate goes on at {now:.2e} instead of {before:.2e} "
+                  f"and decays to 0 at step {steps}")
     else:
         if c.resume:
-            say("nothing was saved yet: starting over")
-        run.cut(0)
+            print("nothing was saved yet: starting over")
+        run.truncate(0)
         run.record(facts)
     run.write("config.json", facts)
 
@@ -412,8 +409,9 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     order = itertools.islice(batches(len(train_records), c), first, steps)
     size = c.micro_batch or math.ceil(c.batch / team.size)
 
-    def prepare(numbers: list[int]) -> SimpleNamespace:
+    def next_batch() -> SimpleNamespace:
         """A batch's records as this process's micro-batches, and what the whole batch counts."""
+        numbers = next(order, [])
         questions = [encode(train_records[i]) for i in numbers]
         own, most = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
         # As many forwards on every process, since --fsdp makes them together; a share with no record left for one takes
@@ -423,9 +421,9 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
                                n_token=sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions),
                                cut=sum(q.cut > 0 for q in questions))
 
-    tokens_since, clock_since = 0, time.time()           # of the present progress line
+    tokens_since, clock_since, logged = 0, time.time(), first - 1     # of the present progress line
     signals.catch()
-    ready = prepare(next(order, []))
+    ready = next_batch()
     for step in range(first, steps):
         # Dropout depends on seed, step and process alone, so that it is the same after a --resume.
         torch.manual_seed(random.Random(f"{c.seed} {step} {team.rank}").getrandbits(63))
@@ -443,7 +441,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
                 uncertainty = gate_entropy(model) * (weight * batch.ids.numel() / data.n_token)  # its share
             scaler.scale(task + c.entropy_weight * uncertainty).backward()
             loss, entropy = loss + task.detach(), entropy + uncertainty.detach()
-        sums = torch.stack([loss, entropy, loss.new_tensor(len(signals.caught))])
+        sums = torch.stack([loss, entropy, loss.new_full((), len(signals.caught))])
         loss, entropy, caught = team.add_up(trainable.values(), sums)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
@@ -451,10 +449,10 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         tokens_since, cut = tokens_since + data.n_token, cut + data.cut
-        ready = prepare(next(order, []))  # while a GPU still computes; then the one wait for it in a step
+        ready = next_batch()  # while a GPU still computes; then the one wait for it (--skip-closed has more)
         loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
-        overflow = scaler.is_enabled() and scaler.get_scale() >= 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow):
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # float16: its scale halves, training goes on
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
             raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
                             f"float32; the batch was {where(data.numbers, train_records, c)}; {run.advice()}")
 
@@ -465,28 +463,32 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
                     "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
             now = time.time()
             line |= {"tokens_per_s": tokens_since / (now - clock_since), "memory_gib": peak_memory(device)}
-            left = (steps - 1 - step) * (now - clock_since) / (c.log_every if step else 1)
-            tokens_since, clock_since = 0, now
+            left = (steps - 1 - step) * (now - clock_since) / (step - logged)
+            tokens_since, clock_since, logged = 0, now, step
             run.record(line)
-            say(f"{progress(line, steps)} | {clock(left)} left", flush=True)
+            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
             paused = time.time()
-            value = validation_loss(model, validation, autocast, device, size)  # the same on every process
+            value = validation_loss(model, validation, autocast)  # the same on every process
             if not math.isfinite(value):
                 raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32; "
                                 f"{run.advice()}")
             run.record({"step": step, "validation_loss": value})
-            say(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
+            print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
             if value < best:
                 best = value
                 run.save_best(model)
             clock_since += time.time() - paused
         if caught or is_last or (step + 1) % c.save_every == 0:
-            run.save(step + 1, model, optimizer, best=best, cut=cut, scaler=scaler.state_dict())
+            run.save(step + 1, model, optimizer, best=best, cut=cut, scaler=scaler.state_dict(),
+                     seconds=earlier_seconds + time.time() - started)
         if caught:  # here or in another process
             team.wait()
-            say(f"interrupted; {run.advice()}")
+            print(f"interrupted; {run.advice()}")
             sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
+    if signals.caught:  # too late for the last step to count them; all of it is saved
+        print(f"interrupted; {run.advice()}")
+        sys.exit(128 + signals.caught[0])
     signals.release()
     if validation:
         team.wait()
@@ -496,21 +498,23 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
     # -------------------------------------------------------------------------------------------- results
     if cut:
-        say(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
+        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
     results = {"steps": steps, "best_validation_loss": best if validation else None,
-               "seconds": time.time() - started, "tasks": {}}
+               "seconds": earlier_seconds + time.time() - started, "tasks": {}}
     for task, records in test_records.items():
-        say(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
+        print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
         with adapters_off(model):  # the frozen base is what it was
             before = evaluate(model, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
         after = evaluate(model, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
         results["tasks"][task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
         name = "acc_norm" if c.form == "cloze" else "acc"
-        say(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
-            f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
+        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
+              f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
     run.write("training.json", results)
-    say(f"saved {out}/best and {out}/last in {clock(time.time() - started)}; score it on all questions with: "
-        f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
+    print(f"saved {out}/best and {out}/last in {clock(results['seconds'])}; score it on all questions with: "
+          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return results
 
 
@@ -539,8 +543,8 @@ class Run:
             print(f"the earlier run in {self.out} is now in {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for half in self.out.rglob(".*.tmp"):  # of a process that was killed while it wrote
-            half.unlink()
+        for half in (half for name in ("", "best", "last") for half in (self.out / name).glob(".*.tmp")):
+            half.unlink()  # of a process that was killed while it wrote
 
     def lock(self):
         self.metrics = open(self.out / "metrics.jsonl", "a")
@@ -552,7 +556,7 @@ class Run:
         except OSError:  # a file system without locks
             pass
 
-    def cut(self, size: int):
+    def truncate(self, size: int):
         if self.metrics:
             self.metrics.truncate(size)
 
@@ -569,8 +573,8 @@ class Run:
             tensors = adapter_state(model)
             moments = {f"{name}.{key}": value for name, p in tensors.items()
                        for key, value in optimizer.state[p].items()}
+            save_adapter(model, self.out / "last")  # first: what the state says is done, last/ has too
             write_tensors(self.state, tensors | moments, json.dumps(info))
-            save_adapter(model, self.out / "last")
         self.step = step
 
     def save_best(self, model):
@@ -590,9 +594,8 @@ class Run:
         names = {p: name for name, p in own.items()}
         state = optimizer.state_dict()
         order = [p for group in optimizer.param_groups for p in group["params"]]
-        # without moments, if float16 has overflowed in every step so far
-        state["state"] = {i: {key: tensors[name].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-                              if (name := f"{names[p]}.{key}") in tensors} for i, p in enumerate(order)}
+        state["state"] = {i: {key: tensors[f"{names[p]}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                          for i, p in enumerate(order)}
         optimizer.load_state_dict(state)
         with torch.no_grad():
             for name, parameter in own.items():
@@ -611,7 +614,8 @@ class Run:
 def explain(error: Exception, c: Config, run: Run) -> str:
     """What a user can do about a fault of the machine; "" for an error that is one of ours."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        return (f"out of memory: lower --micro-batch (now {c.micro_batch or c.batch}) or --max-len (now {c.max_len})"
+        size = c.micro_batch or math.ceil(c.batch / run.team.size)
+        return (f"out of memory: lower --micro-batch (now {size}) or --max-len (now {c.max_len})"
                 f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
     if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
         return f"cannot write: {error}; {run.advice()}"
@@ -622,12 +626,12 @@ def explain(error: Exception, c: Config, run: Run) -> str:
 
 def where(numbers: list[int], records: list[dict], c: Config) -> str:
     """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
-    lines = {}
-    for number in numbers:
-        task = records[number]["task"]
-        originals = load_records(task, "train", **({"out": Path(c.data)} if c.data else {}))
-        lines.setdefault(task, []).append(str(originals.index(records[number]) + 1))
-    return "; ".join(f"{task} {', '.join(of_task)}" for task, of_task in lines.items())
+    texts = []
+    for task in dict.fromkeys(records[number]["task"] for number in numbers):
+        lines = load_records(task, "train", c.data or DEFAULT)
+        found = [str(lines.index(records[number]) + 1) for number in numbers if records[number]["task"] == task]
+        texts.append(f"{task} {', '.join(found)}")
+    return "; ".join(texts)
 
 
 class Signals:
@@ -667,7 +671,9 @@ class Team(NamedTuple):
             if device.type == "cuda":
                 device = torch.device("cuda", local)
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            cuda = device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                    timeout=timedelta(hours=6))  # the first process may have gigabytes to download
         return cls(rank, size, device)
 
     def wait(self):
@@ -744,7 +750,7 @@ def plan(c: Config) -> str:
     of_block, of_ends = two - one, 2 * one - two    # a record's
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
-    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft != "lora" else 0
+    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft in ("hira", "gatera") else 0
     program = 0.85 * 2**30 if device.type == "cpu" else 0  # Python, PyTorch and the heap's gaps, as measured
 
     def peak(n: int, checkpointing: bool, fsdp: bool) -> float:

@@ -20,7 +20,6 @@ without a gate could do with 3, by one product with W0 ⊙ (1 + B A): in float32
 import argparse
 import contextlib
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from eval import log_likelihoods  # noqa: E402
 from gatera import (AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products,  # noqa: E402
                     gate_entropy, gated_layers, inject_adapters)
 from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, hugging_face_state, load_tokenizer  # noqa: E402
+from train import peak_memory  # noqa: E402
 
 METHODS = {"lora": ("lora", "none"), "dora": ("dora", "none"), "hira": ("hira", "none"), "gatera": ("hira", "token"),
            "lora+gate": ("lora", "token"), "dora+gate": ("dora", "token")}
@@ -81,7 +81,7 @@ def our_side(args, method):
 
     def step(questions):
         batch = pack(questions).to(args.device)
-        with torch.autocast(args.device, dtype=args.dtype, enabled=args.dtype != torch.float32):
+        with torch.autocast(args.device.split(':')[0], dtype=args.dtype, enabled=args.dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents, select=batch.select)
             loss = F.cross_entropy(logits.float(), batch.targets) + 0.01 * gate_entropy(model)
         loss.backward()
@@ -137,7 +137,7 @@ def their_side(args, method):
             labels[i, len(q.prompt):len(rows[i])] = rows[i][len(q.prompt):]
             mask[i, :len(rows[i])] = 1
         ids, labels, mask = (tensor.to(args.device) for tensor in (ids, labels, mask))
-        with torch.autocast(args.device, dtype=args.dtype, enabled=args.dtype != torch.float32):
+        with torch.autocast(args.device.split(':')[0], dtype=args.dtype, enabled=args.dtype != torch.float32):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -208,11 +208,7 @@ def worker(pipe, side, args, method):
         step(work[number])
         synchronize(args)
         seconds = time.perf_counter() - start
-        if args.device.startswith("cuda"):
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send((seconds, peak / 2**30))
+        pipe.send((seconds, peak_memory(torch.device(args.device))))
 
 
 def with_peft() -> bool:

@@ -76,7 +76,7 @@ def check_against_plain_loop(predictions, records, logits_of, tokenizer, form, t
     for record, prediction in zip(records, predictions):
         expected = plain_scores(logits_of, tokenizer, record, form)
         assert prediction["scores"] == pytest.approx(expected, abs=tolerance)
-        lengths = [len(answer.strip()) for _, answer in to_text(record, form)]
+        lengths = [1 if record["task"] == "boolq" else len(answer.strip()) for _, answer in to_text(record, form)]
         per_character = [score / n for score, n in zip(expected, lengths)]
         for name, values in (("prediction", expected), ("prediction_norm", per_character)):
             assert values[prediction[name]] >= max(values) - 2 * tolerance  # the best, up to ties
@@ -268,7 +268,7 @@ def test_the_program_scores_a_base_model(protocol, llama, tmp_path, capsys):
     assert json.loads((tmp_path / "scores" / "results.json").read_text()) == summary
     values = [evaluation.headline(result, protocol) for result in summary["tasks"].values()]
     low, high = summary["mean"]["interval"]
-    assert (low + high) / 2 == pytest.approx(sum(values) / 2)
+    assert 0 <= low <= sum(values) / 2 <= high <= 100
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("majority", "mean", "unparsed", "cut", "95 % interval"))
 
@@ -309,7 +309,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
 
 def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
     program("--run", run, "--tasks", "piqa")
-    out, old = run / "eval" / "best-cloze", run / "eval" / "best-cloze-old1"
+    out, old = run / "eval" / "best-cloze", run / "eval" / "best-cloze" / "earlier1"
     before = (out / "predictions.jsonl").read_bytes()
     shutil.rmtree(run / "best")
     save_adapter(adapted(llama, seed=5), run / "best")
@@ -346,7 +346,7 @@ def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
     (["--init", "x", "--gates"], "--gates needs --run"),
     (["--init", "x", "--gates", "--prompt", "y"], "--gates and --prompt: expected one of them"),
     (["--init", "x", "--out", __file__], "a file is there"),
-    (["--compare", "nowhere", "x"], "nowhere: no results there"),
+    (["--compare", "nowhere", "x"], "nowhere: no results called best-cloze there; first"),
 ])
 def test_bad_input_is_one_clear_line(argv, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -425,10 +425,10 @@ def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
     """100 questions of which the second run gets 20 more right, and the third the same."""
     for name, right in (("a", 40), ("b", 60), ("c", 40)):
         (tmp_path / name).mkdir()
-        configuration = {"base_sha256": "b", "protocol": "label", "split": "test", "beams": None, "limit": 0}
+        configuration = {"base_sha256": "b", "dtype": "d", "protocol": "label", "split": "test", "beams": None, "limit": 0}
         (tmp_path / name / "results.json").write_text(json.dumps({
-            "configuration": configuration, "settings": None, "data": {"piqa": "x"}, "tasks": {"piqa": {}}}))
-        predictions = [{"task": "piqa", "index": i, "prediction": 0, "label": int(i >= right)} for i in range(100)]
+            "configuration": configuration, "settings": None, "data": {"piqa": "x"}, "tasks": {"piqa": {"n": 100}}}))
+        predictions = [{"task": "piqa", "index": i, "prediction": 0, "cut": False, "label": int(i >= right)} for i in range(100)]
         lines = "".join(json.dumps(prediction) + "\n" for prediction in reversed(predictions))
         (tmp_path / name / "predictions.jsonl").write_text(lines)
     result = program("--compare", *(tmp_path / name for name in "abc"), "--out", tmp_path / "table")
@@ -465,9 +465,10 @@ def test_a_base_model_can_be_the_first(run, llama, tmp_path, capsys):
 def test_several_results_of_a_run_are_named(run):
     program("--run", run, "--limit", 2)
     program("--run", run, "--limit", 2, "--protocol", "label")
-    with pytest.raises(UserError, match="2 results there .best-cloze-2, best-label-2.; choose with --protocol"):
+    there = "called best-cloze there; there are best-cloze-2, best-label-2: choose with --protocol"
+    with pytest.raises(UserError, match=there):
         program("--compare", run, run)
-    result = program("--compare", run, run, "--protocol", "label", "--out", run / "table")
+    result = program("--compare", run, run, "--protocol", "label", "--limit", 2, "--out", run / "table")
     assert result["rows"]["mean"][1]["difference"] == 0
 
 
@@ -502,8 +503,8 @@ def test_gate_numbers_by_hand():
 def test_gates_are_shown(gate, llama, tmp_path, capsys):
     run = write_run(tmp_path / "run", llama, gate=gate)
     numbers = program("--run", run, "--gates", "--limit", 2)["gates"]
-    out = run / "eval" / "best-gates-2"
-    assert json.loads((out / "results.json").read_text())["gates"]["questions"] == 4 == numbers["questions"]
+    out = run / "eval" / "best-gates-cloze-2"
+    assert json.loads((out / "gates.json").read_text())["gates"]["questions"] == 4 == numbers["questions"]
     for name in ("gates-layers", "gates-histogram", "gates-position", "training"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "gates.html").read_text()
@@ -553,7 +554,7 @@ def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, 
     with_adapter, without = answers.values()
     assert without == tokenizer.decode(base) != with_adapter
     program("--run", run, "--prompt", "why? " * 300, "--max-len", "64")
-    assert "the prompt is longer than 32 tokens and lost its first" in capsys.readouterr().out
+    assert "the prompt is longer than 64 tokens and lost its first" in capsys.readouterr().out
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     program("--run", run, "--prompt", "why")

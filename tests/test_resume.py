@@ -29,8 +29,8 @@ PROCESSES.set_forkserver_preload(["torch._dynamo", "train", "test_resume"])  # A
 
 def flags(base, directory, *more):
     return ["--init", str(base), "--data", SAMPLE, "--out", str(directory), "--r", "4", "--warmup", "2", "--batch", "4",
-            "--micro-batch", "3", "--tasks", "piqa,ARC-Easy", "--form", "cloze", "--dropout", "0.2", "--max-steps", "10", "--validation", "2", "--eval-every", "3",
-            "--log-every", "2", "--save-every", "4", "--device", "cpu", "--lr", "1e-2", *more]
+            "--micro-batch", "3", "--tasks", "piqa,ARC-Easy", "--form", "cloze", "--dropout", "0.2", "--max-steps", "10",
+            "--validation", "2", "--eval-every", "3", "--log-every", "2", "--save-every", "4", "--device", "cpu", "--lr", "1e-2", *more]
 
 
 def timeless(directory):
@@ -111,9 +111,32 @@ def killed_at(function, call, argv):
     train.main(argv)
 
 
+def killed_writing(name, argv):
+    """Runs until a file of this name in last/ or beside it is about to be there."""
+    real = os.replace
+    def replace(old, new):
+        if new.name == name and new.parent.name != "best":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(old, new)
+    os.replace = replace
+    train.main(argv)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json", "state.safetensors"])
+def test_killed_in_the_last_save_it_ends_the_same(name, llama, tmp_path):
+    train.main(flags(llama, tmp_path / "whole", "--save-every", "100"))
+    argv = flags(llama, tmp_path / "cut", "--save-every", "100")
+    process = PROCESSES.Process(target=killed_writing, args=(name, argv))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_killed_at_any_moment_of_a_save_it_ends_the_same(llama, tmp_path):
-    """With --save-every 1 a step's calls are: metrics on the disk; then for each of state, last/adapter.safetensors,
-    last/adapter.json, and of the two of best/ after a validation: contents on the disk, new name, name on the disk."""
+    """With --save-every 1 a step's calls are: metrics on the disk; then for each of last/adapter.safetensors,
+    last/adapter.json, state, and of the two of best/ after a validation: contents on the disk, new name, name on the disk."""
     train.main(flags(llama, tmp_path / "whole", "--save-every", "1"))
     for function, call in (("fsync", 5), ("fsync", 6), ("replace", 4), ("replace", 5), ("fsync", 13), ("replace", 9)):
         process = PROCESSES.Process(target=killed_at, args=(function, call, resume_or_start(llama, tmp_path / "cut")))
@@ -192,7 +215,7 @@ def test_other_settings_are_refused_by_name(stopped, capsys):
 
 def test_more_steps_are_allowed_and_told(stopped, capsys):
     train.main(["--resume", str(stopped), "--max-steps", "20", "--log-every", "1", "--save-every", "7"])
-    assert "learning rate goes on from 5.00e-03 instead of 7.78e-03" in capsys.readouterr().out
+    assert "learning rate goes on at 7.78e-03 instead of 5.00e-03" in capsys.readouterr().out
     lines = [line for line in metrics(stopped) if "loss" in line]
     assert [line["step"] for line in lines] == [0, 2, 4, *range(6, 20)]
     assert lines[3]["lr"] == pytest.approx(0.01 * 14 / 18) and json.loads((stopped / "config.json").read_text())["steps"] == 20

@@ -136,7 +136,7 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--device", "tpu"], ["--device tpu: expected auto, cpu"]),
     (["--preset", "slowstart"], ["--preset slowstart: expected one of quickstart"]),
     (["--dropout", "1"], ["dropout 1.0"]),
-    (["--gate-bias", "nan", "--entropy-weight", "inf"], ["--gate-bias nan", "--entropy-weight inf"]),
+    (["--gate-bias", "nan", "--entropy-weight", "inf"], ["gate_bias nan", "--entropy-weight inf"]),
     (["--tasks", "piqa,piqa"], ["named twice"]),
     (["--compile", "--checkpointing"], ["expected one of them"]),
     (["--max-steps", "3"], ["--warmup 100: expected less than --max-steps 3"]),
