@@ -250,7 +250,7 @@ def training(args, method):
     show = lambda name: f"{median[name]:,.0f} ({min(speeds[name]):,.0f}-{max(speeds[name]):,.0f})" if name in median else "-"  # noqa: E731
     ratio = lambda a, b: f"{a / b:.2f}" if b else "-"  # noqa: E731
     print(f"| {method} | {show('ours')} | {show('peft')} | {ratio(median['ours'], median.get('peft'))} | "
-          f"{peaks['ours']:.2f} | {peaks.get('peft', 0):.2f} | {ratio(peaks['ours'], peaks.get('peft'))} | "
+          f"{peaks['ours']:.2f} | {format(peaks['peft'], '.2f') if 'peft' in peaks else '-'} | {ratio(peaks['ours'], peaks.get('peft'))} | "
           f"{floor:,.0f} | {floor / median['ours']:.2f} |", flush=True)
 
 
@@ -276,7 +276,7 @@ def variant(args, **changes):
 def growth(args):
     """Our step (the first of --method) against what it should be linear in."""
     method = args.method.split(",")[0]
-    print(f"| {method}: what grows | point | tokens | seconds a step | floor / ours |\n|---|---|---|---|---|")
+    print(f"| {method}: what grows | point | tokens | seconds a step | times the floor |\n|---|---|---|---|---|")
     points = [("tokens", dict(batch=b)) for b in (4, 16, 64)] + [("rank", dict(r=r)) for r in (8, 32, 128)]
     points += [("model", dict(model=m)) for m in ("gpt2", "gpt2-medium")]
     for what, changes in points:
