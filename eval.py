@@ -315,8 +315,9 @@ def find_results(place: str, args) -> Path:
         return chosen
     there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
     raise UserError(f"{place}: no results called {chosen.name} there; " + (
-        f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one" if there else
-        f"first: python eval.py --run {place}"))
+        f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as "
+        f"{place}/eval/NAME; or evaluate it first: " if there else "first: ")
+        + f"python eval.py --run {place}" + (f" --limit {args.limit}" if args.limit else ""))
 
 
 def load_results(place: str, args) -> tuple[dict, dict[str, list[float]]]:
@@ -419,7 +420,7 @@ def comparison_table(places: list[str], rows: dict[str, list[dict]], n: dict[str
     text = [f"[{i}] {place}" for i, place in enumerate(places, 1)]
     head = f"{'task':<14} {'n':>6} {'[1]':>13}"
     for i in range(2, len(places) + 1):
-        head += f" | {f'[{i}]':>13} {f'[{i}] - [1]':>9} {'95 % interval':>15} {'p':>7}"
+        head += f" | {f'[{i}]':>13} {'- [1]':>9} {'95 % interval':>15} {'p':>7}"
     text.append(head)
     for task, cells in rows.items():
         if task == "mean" and len(n) == 1:
@@ -775,7 +776,9 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         if not Path(args.run).is_dir():
             wrong.append(f"{args.run}: no such directory")
         elif adapter is None:
-            wrong.append(f"{args.run}: no adapter there; looked for {places[0]}/adapter.safetensors")
+            last = "; last/ is there, of a run that has not ended: add --adapter last"
+            wrong.append(f"{args.run}: no adapter there; looked for {places[0]}/adapter.safetensors"
+                         + (last if (Path(args.run) / "last" / "adapter.safetensors").exists() else ""))
         elif not (args.init or facts.get("config", {}).get("init")):
             wrong.append(f"{args.run}: no config.json that names the base model; pass --init")
     chosen = args.tasks or facts.get("config", {}).get("tasks", "all")

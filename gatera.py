@@ -329,6 +329,8 @@ def write_atomically(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
         wait_for_disk(temporary)
         os.replace(temporary, path)
         wait_for_disk(path.parent)  # a directory's contents are its names
