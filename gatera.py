@@ -384,8 +384,8 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     else:
         config, (tensors, info) = read_adapter_config(directory), read_tensors(file, with_info=True)
         if info and AdapterConfig(**json.loads(info)) != config:
-            raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
-                            "damaged, copy it again")
+            raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited "
+                            "or damaged, copy it again")
     fresh = not gated_layers(model)
     if fresh:
         try:

@@ -396,8 +396,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         print(f"going on after {first} of {steps} steps")
         if earlier["steps"] != steps:
             now, before = (c.lr * learning_rate(first, n, c) for n in (steps, earlier["steps"]))
-            print(f"the run had {earlier['steps']} steps: its learning rate goes on at {now:.2e} instead of {before:.2e} "
-                  f"and decays to 0 at step {steps}")
+            print(f"the run had {earlier['steps']} steps: its learning rate goes on at {now:.2e} instead of "
+                  f"{before:.2e} and decays to 0 at step {steps}")
     else:
         if c.resume:
             print("nothing was saved yet: starting over")
@@ -750,7 +750,8 @@ def plan(c: Config) -> str:
     of_block, of_ends = two - one, 2 * one - two    # a record's
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
-    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if c.peft in ("hira", "gatera") else 0
+    hira = c.peft in ("hira", "gatera")
+    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if hira else 0
     program = 0.85 * 2**30 if device.type == "cpu" else 0  # Python, PyTorch and the heap's gaps, as measured
 
     def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
