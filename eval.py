@@ -24,7 +24,6 @@ import argparse
 import base64
 import codecs
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.download import Flags, UserError, read_json, run_command, unwritable
+from data.download import Flags, UserError, claim, read_json, run_command, unwritable
 from data.prepare import TASKS, load_records
 from gatera import (adapter_state, adapters_off, cached_products, checksum, export_peft, gate_values, gated_layers,
                     load_adapter, merge_adapters, set_skip_closed, write_atomically)
@@ -236,17 +235,11 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def claimed(directory: Path):
-    """Nobody else evaluates into a directory meanwhile. The kernel lets go of it when the process ends."""
+    """Nobody else evaluates into a directory meanwhile."""
     directory.mkdir(parents=True, exist_ok=True)
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"{directory}: another evaluation writes there; wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+        claim(handle, directory)
         yield
     finally:
         os.close(handle)

@@ -15,7 +15,6 @@ faults, several processes, the memory plan.
 """
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import itertools
@@ -46,7 +45,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, pack, training_question
-from data.download import Flags, UserError, read_json, run_command, unwritable
+from data.download import Flags, UserError, claim, read_json, run_command, unwritable
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
 from eval import device_problems, evaluate, headline, log_likelihoods, pick_device
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
@@ -549,12 +548,10 @@ class Run:
     def lock(self):
         self.metrics = open(self.out / "metrics.jsonl", "a")
         try:
-            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process ends
-        except BlockingIOError:
+            claim(self.metrics, self.out)
+        except UserError:
             self.metrics.close()
-            raise UserError(f"--out {self.out}: another run is writing there; wait for it, or choose another") from None
-        except OSError:  # a file system without locks
-            pass
+            raise
 
     def truncate(self, size: int):
         if self.metrics:

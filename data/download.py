@@ -10,6 +10,7 @@ and read as plain zip files. Nothing of them is installed or run, and their depe
 import argparse
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import json
@@ -309,6 +310,17 @@ def unwritable(directory: Path, empty: bool = False) -> str | None:
     if empty and directory.exists() and any(directory.iterdir()):
         return f"{directory}: the directory is not empty; expected a new or empty one"
     return None if os.access(there, os.W_OK | os.X_OK) else f"{directory}: no permission to write to {there}"
+
+
+def claim(handle, directory: Path) -> None:
+    """Makes this process the one that writes to a directory, until `handle`, the directory or a file in it, is closed;
+    the kernel closes it when the process ends. UserError if there is another."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{directory}: another run is writing there; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 @contextlib.contextmanager

@@ -307,6 +307,14 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
     assert len(calls) == 9 + 4 and list(again["tasks"]) == ["piqa", "boolq", "ARC-Easy"]
 
 
+def test_two_evaluations_at_once_do_not_share_a_directory(run):
+    before = program("--run", run, "--tasks", "piqa")
+    with evaluation.claimed(run / "eval" / "best-cloze"), pytest.raises(UserError, match="another run is writing there"):
+        program("--run", run, "--tasks", "boolq")
+    assert json.loads((run / "eval" / "best-cloze" / "results.json").read_text()) == before
+    assert set(program("--run", run, "--tasks", "boolq")["tasks"]) == {"piqa", "boolq"}
+
+
 def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
     program("--run", run, "--tasks", "piqa")
     out, old = run / "eval" / "best-cloze", run / "eval" / "best-cloze" / "earlier1"
