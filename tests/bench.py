@@ -257,10 +257,10 @@ def training(args, method):
 # --------------------------------------------------------------------------- the rest, each in this process
 
 def in_turn(args, *functions) -> list[float]:
-    """Median seconds of each function, the first against the others in turn."""
+    """Median seconds of each function; they take turns, the order changing from round to round."""
     times = [[] for _ in functions]
     for number in range(args.rounds + 1):
-        for taken, function in zip(times, functions):
+        for taken, function in list(zip(times, functions))[::-1 if number % 2 else 1]:
             start = time.perf_counter()
             function()
             synchronize(args)
