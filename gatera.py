@@ -3,20 +3,26 @@
     model = Transformer.from_pretrained("smollm2-135m")
     inject_adapters(model, AdapterConfig(method="hira", gate="token", r=32))
 
-One formula covers every method here. For a frozen linear layer y = W0 x + b and the input x_t of token t:
+A pretrained model, the base, stays frozen. What trains is an adapter: beside each of some linear layers of the base an
+update Delta, and a gate g that decides how much of it a token gets. One formula covers every method here. For a base
+layer y = W0 x + b, W0 (out, in), and the input x_t (in,) of token t:
 
-    y_t = W0 x_t + b + g(x_t) * Delta(x_t)                              (GateRA, token gate)
+    y_t = W0 x_t + b + g(x_t) * Delta(x_t)              (GateRA, token gate)
 
     LoRA  (arXiv 2106.09685)             Delta(x) = s B A x                     s = alpha / r
     DoRA  (arXiv 2402.09353)             Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x,   n = row norms of W0 + s B A
-    HiRA  (ICLR 2025)                    Delta(x) = (W0 ⊙ B A) x
+    HiRA  (ICLR 2025)                    Delta(x) = (W0 ⊙ B A) x                ⊙ is elementwise, the Hadamard product
 
     gate "none"    g = 1                            the published, ungated method
     gate "token"   g(x) = sigmoid(w_g . x + b_g)    one scalar for each token in each adapted layer
     gate "static"  g = sigmoid(b_g)                 the paper's ablation: one scalar for each adapted layer
 
-GateRA as the paper evaluates it is HiRA with the token gate. A (r, in) starts random and B (out, r) at zero, so
-Delta starts at exactly 0 and the model at exactly its base; g = 0 gives the base back, g = 1 the published method.
+A (r, in) starts random and B (out, r) at zero: B A, which has the shape of W0 but only rank r, is zero then. m (out,),
+the row norms that DoRA learns, starts at n. So Delta starts at exactly 0 and the model at exactly its base. A closed
+gate, g = 0, leaves a token to the base; an open one, g = 1, gives it all of the published method.
+
+GateRA as the paper evaluates it is HiRA with the token gate, trained on L_task + lambda * L_ent: the task's loss, and
+the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
 """
 import hashlib
 import json
@@ -49,27 +55,27 @@ class AdapterConfig:
     alpha: float | None = None     # LoRA's and DoRA's scaling numerator; None: 2 r. HiRA has none
     rslora: bool = False           # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
     dropout: float = 0.0           # on the input of Delta
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # the paper's choice
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # of layers; the paper's
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
-    skip_closed: float = 0.0       # HiRA: tokens with a gate up to this skip Delta, forward and backward; 0: none do
+    skip_closed: float = 0.0       # HiRA: a gate up to this counts as closed, its token skips Delta; 0: none does
 
     def __post_init__(self):
         if isinstance(self.targets, str):
             raise UserError(f"adapter: targets {self.targets!r}; expected a list of layer names")
-        self.targets, below_one = tuple(self.targets), math.nextafter(1, 0)
-        wrong = [f"{name} {value!r}; expected {expected}" for name, value, fine, expected in (
-            ("method", self.method, self.method in METHODS, "one of " + ", ".join(METHODS)),
-            ("gate", self.gate, self.gate in GATES, "one of " + ", ".join(GATES)),
-            ("r", self.r, isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),
-            ("alpha", self.alpha, self.alpha is None or is_number(self.alpha, 1e-12, 1e12), "a positive number"),
-            ("rslora", self.rslora, isinstance(self.rslora, bool), "true or false"),
-            ("gate_bias", self.gate_bias, is_number(self.gate_bias, -1e6, 1e6), "a finite number up to 1e6"),
-            ("dropout", self.dropout, is_number(self.dropout, 0, below_one), "a number from 0 up to, not including, 1"),
-            ("skip_closed", self.skip_closed, is_number(self.skip_closed, 0, below_one),
-             "a number from 0 up to, not including, 1"),
-            ("skip_closed", self.skip_closed, self.skip_closed == 0 or (self.method, self.gate) == ("hira", "token"),
+        self.targets = tuple(self.targets)
+        below_one = math.nextafter(1, 0)
+        wrong = [f"{name} {getattr(self, name)!r}; expected {expected}" for name, fine, expected in (
+            ("method", self.method in METHODS, "one of " + ", ".join(METHODS)),
+            ("gate", self.gate in GATES, "one of " + ", ".join(GATES)),
+            ("r", isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),
+            ("alpha", self.alpha is None or is_number(self.alpha, 1e-12, 1e12), "a positive number"),
+            ("rslora", isinstance(self.rslora, bool), "true or false"),
+            ("gate_bias", is_number(self.gate_bias, -1e6, 1e6), "a finite number up to 1e6"),
+            ("dropout", is_number(self.dropout, 0, below_one), "a number from 0 up to, not including, 1"),
+            ("skip_closed", is_number(self.skip_closed, 0, below_one), "a number from 0 up to, not including, 1"),
+            ("skip_closed", self.skip_closed == 0 or (self.method, self.gate) == ("hira", "token"),
              "0, but for hira with a token gate: elsewhere there is nothing to save"),
-            ("targets", self.targets, self.targets and all(isinstance(name, str) and name for name in self.targets),
+            ("targets", self.targets and all(isinstance(name, str) and name for name in self.targets),
              "at least one layer name, and no empty one"),
         ) if not fine]
         if wrong:
@@ -82,7 +88,105 @@ class AdapterConfig:
         return alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
-# --------------------------------------------------------------------------------- HiRA, with its own backward
+# ------------------------------------------------------------------------------------------ the adapted layer
+
+class GatedLinear(nn.Module):
+    """A frozen nn.Linear with an adapter, gated or not; `weight` and `bias` keep their names in the state dict.
+
+    forward: x (..., in) -> (..., out). `gate_logit` (..., 1) keeps z of the gate g = sigmoid(z) from the last forward,
+    in float32 after a product in x's dtype, for the entropy term and for looking at; None without a gate.
+    """
+
+    def __init__(self, linear: nn.Linear, config: AdapterConfig):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.method, self.gate, self.scaling, self.dropout = config.method, config.gate, config.scaling, config.dropout
+        self.skip_closed = config.skip_closed
+        out_features, in_features = self.weight.shape
+        # Adapters stay in float32 (or better) beside a bf16 base: their updates are too small for bf16's 8 bits.
+        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
+        # drawn on the CPU, so that a seed means the same adapter on every device
+        A = nn.init.kaiming_uniform_(torch.empty(config.r, in_features, dtype=dtype), a=math.sqrt(5))
+        self.A = nn.Parameter(A.to(device))
+        self.B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, device=device))
+        if self.method == "dora":
+            squared = self.weight.detach().to(dtype).square().sum(1)                             # (out,)
+            self.register_buffer("weight_norm_squared", squared, persistent=False)
+            self.m = nn.Parameter(squared.sqrt())                # (out,) n itself while B = 0, so that m/n is exactly 1
+        if self.gate == "token":
+            self.w_g = nn.Parameter(torch.zeros(in_features, dtype=dtype, device=device))
+        if self.gate != "none":
+            self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, dtype=dtype, device=device))
+        self.gate_logit = None
+        self.enabled = True          # see adapters_off
+        self.dense = None            # see cached_products
+        self.train(linear.training)  # or dropout would be at work in a model in eval mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])                   # (N, in), N tokens
+        W0 = self.weight.to(x.dtype)
+        y = F.linear(x, W0, None if self.bias is None else self.bias.to(x.dtype))          # W0 x + b: (N, out)
+        if not self.enabled:
+            self.gate_logit = None
+            return y.view(*leading, -1)
+
+        # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
+        g = None
+        if self.gate == "token":
+            z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g      # (N, 1)
+        elif self.gate == "static":
+            z = self.b_g.repeat(len(x), 1)
+        if self.gate != "none":
+            g = torch.sigmoid(z)
+            if not Recomputing.now:
+                self.gate_logit = z.view(*leading, 1)
+
+        dropping = self.training and self.dropout > 0
+        x_in = F.dropout(x, self.dropout) if dropping else x                    # read by Delta alone: the gate reads x
+        if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
+            if g is None or self.skip_closed == 0:
+                return (y + self.hira(x_in, W0, g)).view(*leading, -1)
+            # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of
+            # the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem below.
+            opened = (g > self.skip_closed).flatten().nonzero().flatten()       # (open tokens,)
+            return y.index_add_(0, opened, self.hira(x_in[opened], W0, g[opened])).view(*leading, -1)
+
+        # LoRA: Delta(x) = s B A x. The gate scales r numbers before B, not many after it.
+        low, B = self.scaling * F.linear(x_in, self.A.to(x.dtype)), self.B      # (N, r), (out, r)
+        low = low if g is None else low * g.to(x.dtype)
+        if self.method == "dora":  # Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x, and m/n goes into B
+            ratio = self.m / self.row_norm()                                    # (out,)
+            B = ratio[:, None] * B
+            if dropping:
+                W0x = F.linear(x_in, W0)
+            else:  # y has it already
+                W0x = y if self.bias is None else y - self.bias.to(x.dtype)
+            y = torch.addcmul(y, W0x if g is None else W0x * g.to(x.dtype), (ratio - 1).to(x.dtype))
+        return y.addmm(low, B.to(x.dtype).t()).view(*leading, -1)
+
+    def hira(self, x: torch.Tensor, W0: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
+        """g * (W0 ⊙ B A) x, (N, in) -> (N, out), by the product that `cached_products` keeps if there is one."""
+        if self.dense is None or torch.is_grad_enabled():
+            return GatedHadamard.apply(x, W0, self.A, self.B, g)
+        delta = x @ self.dense.t()
+        return delta if g is None else delta.mul_(g.to(x.dtype))
+
+    @torch.no_grad()  # DoRA, section 4.3: the norm is a constant for the gradient
+    def row_norm(self) -> torch.Tensor:
+        """n = row norms (out,) of W0 + s B A, without making that matrix:
+        n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
+        A, B, s = self.A, self.B, self.scaling
+        with torch.autocast(A.device.type, enabled=False):  # in float32: m/n is 1 but for a few parts in a thousand
+            cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
+            return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
+
+
+# -------------------------------------------------------------------------------- HiRA, with its own backward
 
 class GatedHadamard(torch.autograd.Function):
     """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out.
@@ -90,19 +194,20 @@ class GatedHadamard(torch.autograd.Function):
     x (N, in), W0 (out, in), A (r, in), B (out, r), g (N, 1) or None for g = 1. Returns (N, out).
 
     Autograd would keep the dense product W0 ⊙ B A of every layer until the backward: a second copy of the model.
-    Making it again costs r / N of a product with W0, so only the inputs are kept. With u_t = (W0 ⊙ B A)^T dy_t:
+    Making it again costs r / N of a product with W0, so only the inputs are kept. With dy_t = dL/dy_t, the gradient
+    that arrives, and u_t = (W0 ⊙ B A)^T dy_t:
 
         dL/dx_t    = g_t u_t
         dL/dg_t    = x_t . u_t                                 (= dy_t . Delta(x_t), without keeping Delta)
         dL/d(BA)   = sum_t g_t  W0 ⊙ (dy_t x_t^T)              (GateRA, soft gradient masking)
 
     The last line is the theorem: token t moves the adapter by its gate's share, at most
-    g_t max|W0| ||dy_t|| ||x_t|| in the Frobenius norm, and not at all where the gate is closed.
+    g_t max|W0| ||dy_t|| ||x_t|| in the Frobenius norm (the paper has ||W0||), and not at all where the gate is closed.
     """
 
     @staticmethod
     def forward(ctx, x, W0, A, B, g):
-        ctx.save_for_backward(x, W0, A, B, g)                           # g may be None, which it keeps as None
+        ctx.save_for_backward(x, W0, A, B, g)
         # float16 has no numbers below 6e-8, where W0 ⊙ B A starts: lifted by a power of two, which costs no precision
         lift = ctx.lift = 64 if x.dtype == torch.float16 else 1
         dense = ((B * lift).to(x.dtype) @ A.to(x.dtype)).mul_(W0)       # (out, in)
@@ -115,119 +220,26 @@ class GatedHadamard(torch.autograd.Function):
     @once_differentiable                                                # no second derivatives
     def backward(ctx, dy):                                              # in place only on what is ours: not on dy
         x, W0, A, B, g = ctx.saved_tensors
-        a, b = A.to(x.dtype), (B * ctx.lift).to(x.dtype)
-        u = dy @ (b @ a).mul_(W0)                                       # (N, in)
+        A_x, B_x = A.to(x.dtype), (B * ctx.lift).to(x.dtype)            # in x's dtype, B lifted, as in the forward
+        u = dy @ (B_x @ A_x).mul_(W0)                                   # (N, in)
         if ctx.lift != 1:
             u = u.div_(ctx.lift)
         dg = None
         if g is not None:
             dg = (x * u).sum(-1, keepdim=True, dtype=g.dtype)           # (N, 1)
-            u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)
+            u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)           # u is dx now
         dBA = (dy.t() @ x).mul_(W0)                                     # (out, in)
-        dA, dB = b.t() @ dBA, dBA @ a.t()                               # (r, in), (out, r)
+        dA, dB = B_x.t() @ dBA, dBA @ A_x.t()                           # (r, in), (out, r)
         return u, None, dA.to(A.dtype) / ctx.lift, dB.to(B.dtype), dg
 
 
-# ------------------------------------------------------------------------------------------- the adapted layer
-
-class GatedLinear(nn.Module):
-    """A frozen nn.Linear with an adapter and a gate; `weight` and `bias` keep their names in the state dict.
-
-    forward: x (..., in) -> (..., out). `gate_logit` (..., 1) holds the gate's z = w_g . x + b_g of the last forward,
-    in float32 after a product in x's dtype, for the entropy term and for looking at; None without a gate.
-    """
-
-    def __init__(self, linear: nn.Linear, config: AdapterConfig):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.method, self.gate, self.scaling, self.dropout = config.method, config.gate, config.scaling, config.dropout
-        out_features, in_features = self.weight.shape
-        # Adapters stay in float32 (or better) beside a bf16 base: their updates are too small for bf16's 8 bits.
-        options = dict(dtype=torch.promote_types(self.weight.dtype, torch.float32), device=self.weight.device)
-        # drawn on the CPU, so that a seed means the same adapter on every device
-        A = torch.empty(config.r, in_features, dtype=options["dtype"])
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(options["device"]))
-        self.B = nn.Parameter(torch.zeros(out_features, config.r, **options))
-        if self.method == "dora":
-            squared = self.weight.detach().to(options["dtype"]).square().sum(1)                  # (out,)
-            self.register_buffer("weight_norm_squared", squared, persistent=False)
-            self.m = nn.Parameter(squared.sqrt())                # (out,) n itself while B = 0, so that m/n is exactly 1
-        if self.gate == "token":
-            self.w_g = nn.Parameter(torch.zeros(in_features, **options))
-        if self.gate != "none":
-            self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, **options))
-        self.gate_logit = None
-        self.enabled = True          # see adapters_off
-        self.dense = None            # see cached_products
-        self.skip_closed = config.skip_closed
-        self.train(linear.training)  # or dropout would be at work in a model in eval mode
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
-
-    @torch.no_grad()  # DoRA, section 4.3: the norm is a constant for the gradient
-    def row_norm(self) -> torch.Tensor:
-        """n = row norms (out,) of W0 + s B A, without making that matrix:
-        n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
-        A, B, s = self.A, self.B, self.scaling
-        with torch.autocast(A.device.type, enabled=False):  # in float32: m/n is 1 but for a few parts in a thousand
-            cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
-            return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
-
-    def hadamard(self, x: torch.Tensor, W0: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
-        """g * (W0 ⊙ B A) x, (N, in) -> (N, out), by the product that `cached_products` keeps if there is one."""
-        if self.dense is None or torch.is_grad_enabled():
-            return GatedHadamard.apply(x, W0, self.A, self.B, g)
-        delta = x @ self.dense.t()
-        return delta if g is None else delta.mul_(g.to(x.dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows, x = x.shape[:-1], x.reshape(-1, x.shape[-1])                      # (N, in)
-        W0 = self.weight.to(x.dtype)
-        y = F.linear(x, W0, None if self.bias is None else self.bias.to(x.dtype))          # W0 x + b: (N, out)
-        if not self.enabled:
-            self.gate_logit = None
-            return y.view(*rows, -1)
-
-        # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
-        g = None
-        if self.gate == "token":
-            z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g      # (N, 1)
-        elif self.gate == "static":
-            z = self.b_g.repeat(len(x), 1)
-        if self.gate != "none":
-            g = torch.sigmoid(z)
-            if not Recomputing.now:
-                self.gate_logit = z.view(*rows, 1)
-
-        dropping = self.training and self.dropout > 0
-        x_in = F.dropout(x, self.dropout) if dropping else x
-        if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
-            if g is None or self.skip_closed == 0:
-                return (y + self.hadamard(x_in, W0, g)).view(*rows, -1)
-            # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of
-            # the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
-            opened = (g > self.skip_closed).flatten().nonzero().flatten()       # (P,)
-            return y.index_add_(0, opened, self.hadamard(x_in[opened], W0, g[opened])).view(*rows, -1)
-
-        # LoRA: Delta(x) = s B A x. The gate scales r numbers before B, not many after it.
-        low, B = self.scaling * F.linear(x_in, self.A.to(x.dtype)), self.B      # (N, r), (out, r)
-        low = low if g is None else low * g.to(x.dtype)
-        if self.method == "dora":  # Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x, and m/n goes into B
-            ratio = self.m / self.row_norm()                                    # (out,)
-            B = ratio[:, None] * B
-            W0x = F.linear(x_in, W0) if dropping else y if self.bias is None else y - self.bias.to(x.dtype)
-            y = torch.addcmul(y, W0x if g is None else W0x * g.to(x.dtype), (ratio - 1).to(x.dtype))
-        return y.addmm(low, B.to(x.dtype).t()).view(*rows, -1)
-
+# ---------------------------------------------------------------------------------------- adapters in a model
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Freezes `model` and replaces each targeted nn.Linear by a GatedLinear around the same weight, in place.
 
-    Returns the names of the adapted layers. Raises UserError for a target that names no layer or a rank that
-    is larger than a matrix. Order: load the base, inject, load an adapter, compile.
+    Returns the names of the adapted layers. Raises UserError for a target that names no layer, a rank larger than the
+    smaller side of a matrix, and a model that has adapters. Order: load the base, inject, load an adapter, compile.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     leaves = {name.rpartition(".")[2] for name in linears}
@@ -247,9 +259,20 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     return list(chosen)
 
 
+def remove_adapters(model: nn.Module) -> None:
+    """Puts an nn.Linear with the present weight back in the place of each adapted layer."""
+    for name, layer in gated_layers(model).items():
+        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+    model.adapter_config = None
+
+
 def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
-    """{name: layer} of the adapted layers, in the order of the forward's blocks."""
-    return {name.removeprefix("_orig_mod."): m for name, m in model.named_modules() if isinstance(m, GatedLinear)}
+    """{name: layer} of the adapted layers, gated or not, in the order of the blocks."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GatedLinear)}
+    return {name.removeprefix("_orig_mod."): layer for name, layer in layers.items()}  # torch.compile's prefix
 
 
 def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -271,9 +294,35 @@ def adapters_off(model: nn.Module):
             layer.enabled = True
 
 
+# -------------------------------------------------------------------------------------------------- the gates
+
+def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the N gates of the last forward, one for each
+    token and adapted layer (GateRA, entropy regularisation). Small where g is near 0 or 1; at g = 1/2 it is ln 2 = 0.693.
+
+    From z, where g = sigmoid(z), it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z). As H(z) = H(-z), it
+    is taken at -|z|, where nothing cancels.
+    mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates.
+    """
+    logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
+    if not logits:
+        return torch.zeros((), device=next(model.parameters()).device)
+    z = torch.cat(logits, dim=-1)                                               # (B, T, gates)
+    a = (z if mask is None else z[mask]).abs()
+    return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
+
+
+def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{layer name: g (B, T)} of the last forward; empty for a model without gates."""
+    return {name: torch.sigmoid(layer.gate_logit.detach()).squeeze(-1)
+            for name, layer in gated_layers(model).items() if layer.gate_logit is not None}
+
+
+# --------------------------------------------------------------------------------------------- after training
+
 def set_skip_closed(model: nn.Module, threshold: float) -> None:
-    """Lets tokens with a gate up to `threshold` skip Delta from now on, as AdapterConfig.skip_closed does from the
-    start: what a trained adapter loses by it is easily tried. UserError where that saves nothing, or out of range."""
+    """AdapterConfig.skip_closed for adapters that are there already, to try what a trained one loses by skipping.
+    Raises UserError where that saves nothing, or for a threshold out of range."""
     model.adapter_config = replace(model.adapter_config, skip_closed=threshold)
     for layer in gated_layers(model).values():
         layer.skip_closed = threshold
@@ -294,57 +343,33 @@ def cached_products(model: nn.Module):
             layer.dense = None
 
 
-# -------------------------------------------------------------------------------------------------- the gates
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
 
-def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the tokens and gates of the last forward
-    (GateRA, entropy regularisation). A small entropy is a gate near 0 or 1.
-
-    From the logit it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z); and as H(z) = H(-z), from -|z|,
-    where nothing cancels. Its largest value is ln 2 = 0.693, at g = 1/2.
-    mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates.
+    LoRA: W0 + s B A.   DoRA: (m/n) * (W0 + s B A).   HiRA: W0 ⊙ (1 + B A).
+    Load the base in float32 for it: bfloat16 rounds 1 + B A to 1 where B A is below 0.004, and a warning says how much
+    of an update got lost. Raises UserError for a gated adapter: its weight would be another one for every token.
     """
-    logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
-    if not logits:
-        return torch.zeros((), device=next(model.parameters()).device)
-    z = torch.cat(logits, dim=-1)                                               # (B, T, gates)
-    if mask is not None:
-        z = z[mask]
-    a = z.abs()
-    return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
-
-
-def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """{layer name: g (B, T)} of the last forward; empty for a model without gates."""
-    return {name: torch.sigmoid(layer.gate_logit.detach()).squeeze(-1)
-            for name, layer in gated_layers(model).items() if layer.gate_logit is not None}
+    for name, layer in gated_layers(model).items():
+        if layer.gate != "none":
+            raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
+    worst = 0.0                                     # the largest share of a layer's update that was rounded off
+    for layer in gated_layers(model).values():
+        W0, BA = layer.weight.to(layer.A.dtype), layer.B @ layer.A               # (out, in)
+        W = W0 + (W0 * BA if layer.method == "hira" else layer.scaling * BA)
+        if layer.method == "dora":
+            W = W * (layer.m / layer.row_norm())[:, None]
+        merged = W.to(layer.weight.dtype)
+        worst = max(worst, ((merged - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
+        layer.weight = nn.Parameter(merged, requires_grad=False)
+    remove_adapters(model)
+    if worst > 0.05:
+        warnings.warn(f"merging into {merged.dtype} rounded off up to {100 * min(worst, 1):.0f} % of a layer's update; "
+                      "load the base in float32")
 
 
 # ------------------------------------------------------------------------------------------- to disk and back
-
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
-    power cut too: the contents are on the disk before they get their name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
-        wait_for_disk(temporary)
-        os.replace(temporary, path)
-        wait_for_disk(path.parent)  # a directory's contents are its names
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def wait_for_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
 
 def save_adapter(model: nn.Module, directory) -> None:
     """Writes adapter.safetensors (the adapter's tensors alone) and adapter.json (its AdapterConfig)."""
@@ -354,22 +379,6 @@ def save_adapter(model: nn.Module, directory) -> None:
     config = json.dumps(asdict(model.adapter_config), indent=2) + "\n"
     write_tensors(Path(directory) / "adapter.safetensors", tensors, config)  # there too, where its checksum covers it
     write_atomically(Path(directory) / "adapter.json", lambda path: path.write_text(config))
-
-
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str = "") -> None:
-    """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"info": info, "sha256": checksum(tensors, info)}
-    write_atomically(file, lambda path: save_file(tensors, path, metadata))
-
-
-def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
-    """SHA-256 of names, values and text: safetensors itself notices a file cut short, but not a flipped byte."""
-    digest = hashlib.sha256(info.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def load_adapter(model: nn.Module, directory) -> AdapterConfig:
@@ -412,6 +421,26 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     return config
 
 
+def read_adapter_config(directory) -> AdapterConfig:
+    """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
+    file = Path(directory) / "adapter.json"
+    if not file.exists():
+        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
+                        "that peft wrote")
+    raw = read_json(file)
+    if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
+        raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
+    with reading(file):
+        return AdapterConfig(**raw)
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str = "") -> None:
+    """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"info": info, "sha256": checksum(tensors, info)}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata))
+
+
 def read_tensors(file: Path, with_info: bool = False):
     """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
     it; UserError if the file is not there or not whole."""
@@ -426,59 +455,40 @@ def read_tensors(file: Path, with_info: bool = False):
     return (tensors, info) if with_info else tensors
 
 
-def read_adapter_config(directory) -> AdapterConfig:
-    """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
-    file = Path(directory) / "adapter.json"
-    if not file.exists():
-        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
-                        "that peft wrote")
-    raw = read_json(file)
-    if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
-        raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
-    with reading(file):
-        return AdapterConfig(**raw)
+def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
+    """SHA-256 of names, values and text: safetensors itself notices a file cut short, but not a flipped byte."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-@torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
-    """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
-
-    LoRA: W0 + s B A.   DoRA: (m/n) * (W0 + s B A).   HiRA: W0 ⊙ (1 + B A).
-    Merge in float32: bfloat16 rounds 1 + B A to 1 where B A is below 0.004, and a warning says what got lost.
-    Raises UserError for a gated adapter: its weight would be another one for every token.
-    """
-    worst = 0.0
-    for name, layer in gated_layers(model).items():
-        if layer.gate != "none":
-            raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
-    for name, layer in gated_layers(model).items():
-        W0, BA = layer.weight.to(layer.A.dtype), layer.B @ layer.A               # (out, in)
-        if layer.method == "hira":
-            W = W0 + W0 * BA
-        else:
-            W = W0 + layer.scaling * BA
-        if layer.method == "dora":
-            W = W * (layer.m / layer.row_norm())[:, None]
-        merged = W.to(layer.weight.dtype)
-        worst = max(worst, ((merged - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
-        layer.weight = nn.Parameter(merged, requires_grad=False)
-    remove_adapters(model)
-    if worst > 0.05:
-        warnings.warn(f"merging into {merged.dtype} rounded off up to {100 * min(worst, 1):.0f} % of a layer's update; "
-                      "load the base in float32")
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
+    power cut too: the contents are on the disk before they get their name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.umask(umask := os.umask(0))       # there is no other way to read it
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
+        wait_for_disk(temporary)
+        os.replace(temporary, path)
+        wait_for_disk(path.parent)  # a directory's contents are its names
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def remove_adapters(model: nn.Module) -> None:
-    """Puts an nn.Linear with the present weight back in the place of each adapted layer."""
-    for name, layer in gated_layers(model).items():
-        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
-    model.adapter_config = None
+def wait_for_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-# ---------------------------------------------------------------------------------------------- peft's files
+# ----------------------------------------------------------------------------------------------- peft's files
 #
 # peft names layers as transformers does, and has one adapter for GPT-2's fused c_attn where we have one each for q, k
 # and v. Three of rank r are exactly one of rank 3r, in blocks; m, one number a row of W0, is stacked like B:
