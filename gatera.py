@@ -298,7 +298,7 @@ def adapters_off(model: nn.Module):
 
 def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Tensor:
     """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the N gates of the last forward, one for each
-    token and adapted layer (GateRA, entropy regularisation). Small where g is near 0 or 1; at g = 1/2 it is ln 2 = 0.693.
+    token and adapted layer (GateRA, entropy regularisation). Small where g is near 0 or 1, ln 2 = 0.693 at g = 1/2.
 
     From z, where g = sigmoid(z), it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z). As H(z) = H(-z), it
     is taken at -|z|, where nothing cancels.
@@ -434,7 +434,7 @@ def read_adapter_config(directory) -> AdapterConfig:
         return AdapterConfig(**raw)
 
 
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str = "") -> None:
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str) -> None:
     """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"info": info, "sha256": checksum(tensors, info)}
@@ -481,6 +481,7 @@ def write_atomically(path: Path, write) -> None:
 
 
 def wait_for_disk(path: Path) -> None:
+    """Returns when a file's contents, or a directory's names, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -490,8 +491,8 @@ def wait_for_disk(path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------- peft's files
 #
-# peft names layers as transformers does, and has one adapter for GPT-2's fused c_attn where we have one each for q, k
-# and v. Three of rank r are exactly one of rank 3r, in blocks; m, one number a row of W0, is stacked like B:
+# peft names layers as transformers does, whose GPT-2 has q, k and v in one layer, c_attn: one adapter, our three.
+# Three of rank r are exactly one of rank 3r, in blocks; m, one number for each output, is stacked like B:
 #
 #    BA = [ B_q  0   0  ] [ A_q ]
 #         [  0  B_k  0  ] [ A_k ]        Every layer then gets rank 3r, the others filled up with zeros, as not every
@@ -509,7 +510,7 @@ PEFT_FIELDS = set("""peft_type task_type peft_version auto_mapping base_model_na
 
 
 def peft_layers(model: nn.Module) -> dict[str, list[str]]:
-    """{transformers' name of a linear layer: our names}; q, k and v for GPT-2's c_attn, else one."""
+    """{transformers' name of a linear layer: our names}, three (q, k, v) for GPT-2's c_attn, else one."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, GatedLinear)):
@@ -528,19 +529,20 @@ def export_peft(model: nn.Module, directory) -> None:
     config, keys = model.adapter_config, PEFT_KEYS[model.adapter_config.method]
     if config.gate != "none":
         raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently")
-    layers = {path: names for path, names in peft_layers(model).items() if any(name in adapted for name in names)}
+    layers = {theirs: names for theirs, names in peft_layers(model).items() if any(name in adapted for name in names)}
     rank = config.r * max(map(len, layers.values()))
     tensors = {}
-    for path, names in layers.items():
+    for theirs, names in layers.items():
         parts = [peft_part(model.get_submodule(name), config) for name in names]
         A, B = torch.cat([part["A"] for part in parts]), torch.block_diag(*(part["B"] for part in parts))
         fill = rank - len(A)
         state = {"A": F.pad(A, (0, 0, 0, fill)), "B": F.pad(B, (0, fill))}          # (rank, in), (out, rank)
         if config.method == "dora":
             state["m"] = torch.cat([part["m"] for part in parts])                   # (out,)
-        tensors |= {f"base_model.model.{path}.{keys[leaf]}": t.detach().cpu().contiguous() for leaf, t in state.items()}
+        tensors |= {f"base_model.model.{theirs}.{keys[leaf]}": tensor.detach().cpu().contiguous()
+                    for leaf, tensor in state.items()}
     # the name of a layer, or two of them where attention and MLP share one: attn.c_proj, mlp.c_proj
-    targets = {".".join(path.split(".")[-2 if path.endswith("c_proj") else -1:]) for path in layers}
+    targets = {".".join(theirs.split(".")[-2 if theirs.endswith("c_proj") else -1:]) for theirs in layers}
     raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
            "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
            "target_modules": sorted(targets),
@@ -581,45 +583,49 @@ def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, to
     if wrong:
         raise UserError(f"{where}: not supported: {'; '.join(wrong)}")
     method = "hira" if kind == "HIRA" else "dora" if raw.get("use_dora") else "lora"
-    matches = lambda path: (re.fullmatch(wanted, path) if isinstance(wanted, str)  # noqa: E731
-                            else any(f".{path}".endswith(f".{target}") for target in wanted or ()))
-    layers = {path: names for path, names in peft_layers(model).items() if matches(path)}
+    matches = lambda theirs: (re.fullmatch(wanted, theirs) if isinstance(wanted, str)  # noqa: E731
+                              else any(f".{theirs}".endswith(f".{target}") for target in wanted or ()))
+    layers = {theirs: names for theirs, names in peft_layers(model).items() if matches(theirs)}
     if not layers:
         raise UserError(f"{where}: target_modules {wanted!r} are no layers of this base model; it has "
-                        f"{', '.join(sorted({path.split('.')[-1] for path in peft_layers(model)}))}")
+                        f"{', '.join(sorted({theirs.split('.')[-1] for theirs in peft_layers(model)}))}")
 
     found, parts = read_tensors(file), {}
-    for path in layers:
-        keys = {leaf: f"base_model.model.{path}.{key}" for leaf, key in PEFT_KEYS[method].items()}
+    for theirs in layers:
+        keys = {leaf: f"base_model.model.{theirs}.{key}" for leaf, key in PEFT_KEYS[method].items()}
         if missing := [key for key in keys.values() if key not in found]:
             raise UserError(f"{file}: missing {', '.join(missing)}")
-        part = parts[path] = {leaf: found.pop(key) for leaf, key in keys.items()}
+        part = parts[theirs] = {leaf: found.pop(key) for leaf, key in keys.items()}
         if part["A"].shape[:1] != (r,) or part["B"].shape[1:] != (r,):
-            raise UserError(f"{file}: {path} has A {tuple(part['A'].shape)} and B {tuple(part['B'].shape)}, expected "
+            raise UserError(f"{file}: {theirs} has A {tuple(part['A'].shape)} and B {tuple(part['B'].shape)}, expected "
                             f"(r, in) and (out, r) with r = {r}")
     if found:
         raise UserError(f"{file}: unexpected {', '.join(sorted(found)[:4])}{' and more' if len(found) > 4 else ''}")
 
-    # Written in blocks, as above? Then each part of rank r / 3 is taken out of its own; else they share A.
-    n = max(map(len, layers.values()))
-    block = lambda part, i, of: (part["A"][i * r // n:(i + 1) * r // n],  # noqa: E731
-                                 part["B"].chunk(of)[i][:, i * r // n:(i + 1) * r // n])
-    nonzero = lambda *tensors: sum(int(tensor.count_nonzero()) for tensor in tensors)  # noqa: E731
-    in_blocks = n > 1 and r % n == 0 and any(part["B"].any() for part in parts.values()) and all(
-        nonzero(part["A"], part["B"]) == sum(nonzero(*block(part, i, len(names))) for i in range(len(names)))
-        for part, names in ((part, layers[path]) for path, part in parts.items()))
+    # In blocks, as above, where nothing but the blocks holds anything? Then each of our layers takes its own block, of
+    # rank r / 3; else they share A.
+    fused = max(map(len, layers.values()))                                          # 3 with a c_attn, else 1
+
+    def block(theirs: str, i: int) -> tuple[torch.Tensor, torch.Tensor]:            # (r / 3, in), (out, r / 3)
+        ranks = slice(i * r // fused, (i + 1) * r // fused)
+        return parts[theirs]["A"][ranks], parts[theirs]["B"].chunk(len(layers[theirs]))[i][:, ranks]
+
+    nonzero = lambda A, B: int(A.count_nonzero() + B.count_nonzero())  # noqa: E731
+    in_blocks = fused > 1 and r % fused == 0 and any(part["B"].any() for part in parts.values()) and all(
+        nonzero(parts[theirs]["A"], parts[theirs]["B"]) == sum(nonzero(*block(theirs, i)) for i in range(len(names)))
+        for theirs, names in layers.items())
     tensors = {}
-    for path, names in layers.items():
+    for theirs, names in layers.items():
         for i, name in enumerate(names):
-            part = parts[path]
-            A, B = block(part, i, len(names)) if in_blocks else (part["A"], part["B"].chunk(len(names))[i])
+            part = parts[theirs]
+            A, B = block(theirs, i) if in_blocks else (part["A"], part["B"].chunk(len(names))[i])
             tensors |= {f"{name}.A": A, f"{name}.B": B}
             if method == "dora":
                 tensors[f"{name}.m"] = part["m"].chunk(len(names))[i]
-    # A q, k or v whose A and B are zero in every layer was no target of `export_peft`; with DoRA its m may have moved
+    # A q, k or v that is zero in every layer was no target of the export. (With DoRA it becomes one: m is not zero.)
     targets = dict.fromkeys(name.split(".")[-2] for name, tensor in tensors.items() if tensor.any())
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[-2] in targets}
-    own_r, root = r // n if in_blocks else r, math.sqrt if raw.get("use_rslora") else float
+    own_r, root = r // fused if in_blocks else r, math.sqrt if raw.get("use_rslora") else float
     with reading(where):
         config = AdapterConfig(method, "none", own_r, rslora=bool(raw.get("use_rslora")), targets=targets,
                                alpha=None if method == "hira" else raw.get("lora_alpha", 8) / root(r) * root(own_r),
