@@ -27,7 +27,6 @@ the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
 import hashlib
 import json
 import math
-import os
 import re
 import warnings
 from contextlib import contextmanager
@@ -41,7 +40,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
-from data.download import UserError, read_json, reading
+from data.download import UserError, read_json, reading, write_atomically
 from model import Recomputing, hugging_face_name, is_number
 
 METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
@@ -167,7 +166,7 @@ class GatedLinear(nn.Module):
         return y.addmm(low, B.to(x.dtype).t()).view(*leading, -1)
 
     def hira(self, x: torch.Tensor, W0: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
-        """g * (W0 ⊙ B A) x, (N, in) -> (N, out), by the product that `cached_products` keeps if there is one."""
+        """g * (W0 ⊙ B A) x, (N, in) -> (N, out), by the dense product that `cached_products` keeps if there is one."""
         if self.dense is None or torch.is_grad_enabled():
             return GatedHadamard.apply(x, W0, self.A, self.B, g)
         delta = x @ self.dense.t()
@@ -462,31 +461,6 @@ def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
-    power cut too: the contents are on the disk before they get their name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.umask(umask := os.umask(0))       # there is no other way to read it
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
-        wait_for_disk(temporary)
-        os.replace(temporary, path)
-        wait_for_disk(path.parent)  # a directory's contents are its names
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def wait_for_disk(path: Path) -> None:
-    """Returns when a file's contents, or a directory's names, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ----------------------------------------------------------------------------------------------- peft's files

@@ -47,9 +47,9 @@ def is_number(value, least: float, most: float) -> bool:
 @dataclass
 class TransformerConfig:
     vocab_size: int
-    n_layer: int
+    n_layer: int                     # blocks
     n_head: int
-    d_model: int
+    d_model: int                     # width of the residual stream
     d_ff: int                        # width of the MLP
     max_len: int                     # longest document seen in pretraining
     n_kv_head: int = 0               # grouped-query attention (arXiv 2305.13245); 0: as many as n_head
@@ -167,7 +167,7 @@ class Flow(NamedTuple):
     """What every block needs to know about the tokens beside their activations."""
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
     # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
-    # read) and the documents [[0 1 2], [0 1 3]]. Attention works on (D, L) cells, the rest of the model on the row:
+    # read) and the documents [[0 1 2], [0 1 3]]. Attention works on D * L cells, the rest of the model on the row:
     grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
     cell: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
     lengths: torch.Tensor | None  # (D,) on a CPU, where documents lie end to end and share nothing: one by one, no grid
@@ -192,6 +192,7 @@ class KVCache:
         return self
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Puts k and v (B, T, K, S) of the next tokens into their slots. Returns all of the layer's keys and values."""
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[self.rows, self.positions] = new.to(kept.dtype)
         return self.layers[layer]
@@ -214,7 +215,7 @@ def make_norm(config: TransformerConfig) -> nn.Module:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """softmax(q k^T / sqrt(S)) v (arXiv 1706.03762, equation 1), causal without a mask. q (B, T, H, S), k and v
-    (B, T, K, S): each group of H / K query heads shares a key head (arXiv 2305.13245). Returns (B, T, H, S)."""
+    (B, T, K, S): H / K query heads share a key/value head (arXiv 2305.13245). Returns (B, T, H, S)."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, heads, T, S)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                        enable_gqa=q.shape[1] != k.shape[1])
@@ -637,7 +638,7 @@ LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn
 
 
 def split_block(key: str, blocks: str) -> tuple[str, str]:
-    """The name of a weight, in which a block's number follows `blocks`, -> our name of the block, and the rest."""
+    """A name without its block: "h.3.mlp.c_fc.weight", whose `blocks` is "h." -> "blocks.3.", "mlp.c_fc.weight"."""
     if not key.startswith(blocks):
         return "", key
     _, number, rest = key.split(".", 2)
@@ -728,10 +729,12 @@ def gguf_field(reader, path: Path, key: str, *default):
 
 
 def open_gguf(path: Path):
+    """gguf's reader of a file. Weights and tokenizer come from the same one, and parsing it takes seconds: it is kept,
+    as long as the file does not change."""
     return _open_gguf(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=1)  # weights and tokenizer come from the same file, and parsing it takes seconds
+@lru_cache(maxsize=1)
 def _open_gguf(path: Path, changed: int):
     from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
 

@@ -358,6 +358,31 @@ def read_json(path: Path) -> dict:
     return raw
 
 
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
+    power cut too: the contents are on the disk before they get their name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.umask(umask := os.umask(0))       # there is no other way to read it
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
+        wait_for_disk(temporary)
+        os.replace(temporary, path)
+        wait_for_disk(path.parent)  # a directory's contents are its names
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def wait_for_disk(path: Path) -> None:
+    """Returns when a file's contents, or a directory's names, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def run_command(main) -> None:
     """Runs a program's main(); what a user can mend becomes one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal has no character for

@@ -20,7 +20,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -36,7 +35,8 @@ from tqdm import tqdm
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download import (  # noqa: E402
-    WHEELS, Flags, UserError, fetch_wheel, first_line, hub_reachable, parse_json, reading, run_command, unwritable)
+    WHEELS, Flags, UserError, fetch_wheel, first_line, hub_reachable, parse_json, reading, run_command, unwritable,
+    write_atomically)
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
 SPLITS = ("train", "test")
@@ -217,24 +217,14 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
             if problem := _problem(task, record):
                 raise UserError(f"{source}: {task}/{split}, record {number}: {problem}")
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8")
-        _write(file, text)
+        try:
+            write_atomically(file, lambda path: path.write_bytes(text))
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}") from None
         digest = hashlib.sha256(text).hexdigest()
         known = SHA256.get((task, split), {})
         status = "sha256 ok" + known[digest] if digest in known else f"sha256 {digest}, unknown to data/prepare.py"
         print(f"{task}/{split}: {len(records):,} records, {status}", flush=True)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """The whole file or none: a run that is interrupted leaves nothing that looks finished."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _record(task: str, question: str, choices: list[str], label: int, **more: str) -> dict:
