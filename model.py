@@ -285,8 +285,9 @@ class Block(nn.Module):
 
 
 class Recomputing:
-    """`now` is True while a checkpointed block runs for the second time, in the backward. Layers that keep something
-    of their forward must not keep that one's: its graph would hold the block's activations, and save no memory."""
+    """`now` is True while a checkpointed block runs for the second time, in the backward. A layer that keeps something
+    of its forward, as GatedLinear its gate, must not keep that one's: its graph would hold the block's activations, and
+    save no memory."""
     now = False
 
 
@@ -399,7 +400,7 @@ class Transformer(nn.Module):
                 done |= new == stop
                 if done.all():
                     break
-            ids, positions = new[:, None], (lengths + step)[:, None]
+            ids, positions = new[:, None], (lengths + step)[:, None]    # from here on, a row is one token
             last = torch.arange(len(prompts), device=device)
         rows = torch.stack(out, dim=1).tolist() if out else [[] for _ in prompts]
         return [row[:row.index(stop)] if stop in row else row for row in rows]
