@@ -759,7 +759,8 @@ def _open_gguf(path: Path, changed: int):
 
 # --------------------------------------------------------------------------------------------- tokenizer
 
-# How text is cut into words before byte-pair merges: a property of each tokenizer, by llama.cpp's name for it.
+# Byte-pair encoding (BPE) cuts a text into words, and then merges the bytes of each word, pair by pair, into tokens. How
+# words are cut is a property of each tokenizer, by llama.cpp's name for it:
 SPLIT = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
@@ -775,10 +776,11 @@ class Tokenizer:
                  bos: int | None = None):
         import tiktoken
         self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-        # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
-        used = [*ranks.values(), *(i for i in (eos, bos) if i is not None)]
-        self.smallest, self.largest = min(used), max(used)
-        self.split, self.tokenless = split, bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        ids = [*ranks.values(), *(i for i in (eos, bos) if i is not None)]
+        self.smallest, self.largest = min(ids), max(ids)
+        self.split = split
+        # some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
+        self.tokenless = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         self.special = special  # {name: id} of the tokens that no text encodes to
         self.eos = eos  # ends a text
         self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
@@ -818,6 +820,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
+    """A tokenizer.json's tokenizer, and the size of the vocabulary that its model has."""
     raw, directory = read_json(file), file.parent
     model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
