@@ -390,7 +390,7 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
         with reading(Path(directory)):
             config, tensors = read_peft(model, file)
     else:
-        config, (tensors, info) = read_adapter_config(directory), read_tensors(file)
+        config, (tensors, info) = read_adapter_config(directory), read_tensors(file, with_info=True)
         if info and AdapterConfig(**json.loads(info)) != config:
             raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited "
                             "or damaged, copy it again")
@@ -440,9 +440,9 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str) -> No
     write_atomically(file, lambda path: save_file(tensors, path, metadata))
 
 
-def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of a safetensors file by name, and the text that `write_tensors` put beside them, "" in a file of
-    others; UserError if the file is not there or not whole."""
+def read_tensors(file: Path, with_info: bool = False):
+    """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
+    it, "" in a file of others; UserError if the file is not there or not whole."""
     if not file.exists():
         raise UserError(f"{file}: not found")
     with reading(file), safe_open(file, framework="pt") as handle:
@@ -451,7 +451,7 @@ def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], str]:
     info = metadata.get("info", "")
     if metadata.get("sha256") not in (None, checksum(tensors, info)):
         raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
-    return tensors, info
+    return (tensors, info) if with_info else tensors
 
 
 def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
@@ -564,7 +564,7 @@ def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, to
         raise UserError(f"{where}: target_modules {wanted!r} are no layers of this base model; it has "
                         f"{', '.join(sorted({theirs.split('.')[-1] for theirs in peft_layers(model)}))}")
 
-    (found, _), parts = read_tensors(file), {}
+    found, parts = read_tensors(file), {}
     for theirs in layers:
         keys = {leaf: f"base_model.model.{theirs}.{key}" for leaf, key in PEFT_KEYS[method].items()}
         if missing := [key for key in keys.values() if key not in found]:

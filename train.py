@@ -586,7 +586,7 @@ class Run:
         """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
         if not self.state.exists():
             return {}
-        tensors, info = read_tensors(self.state)
+        tensors, info = read_tensors(self.state, with_info=True)
         info, own = json.loads(info), adapter_state(model)
         names = {p: name for name, p in own.items()}
         state = optimizer.state_dict()
