@@ -226,10 +226,10 @@ class GatedHadamard(torch.autograd.Function):
         dg = None
         if g is not None:
             dg = (x * u).sum(-1, keepdim=True, dtype=g.dtype)           # (N, 1)
-            u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)           # u is dx now
+            u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)
         dBA = (dy.t() @ x).mul_(W0)                                     # (out, in)
         dA, dB = B_x.t() @ dBA, dBA @ A_x.t()                           # (r, in), (out, r)
-        return u, None, dA.to(A.dtype) / ctx.lift, dB.to(B.dtype), dg
+        return u, None, dA.to(A.dtype) / ctx.lift, dB.to(B.dtype), dg   # u is dx by now; W0 is frozen
 
 
 # ---------------------------------------------------------------------------------------- adapters in a model
@@ -307,7 +307,9 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     if not logits:
         return torch.zeros((), device=next(model.parameters()).device)
     z = torch.cat(logits, dim=-1)                                               # (B, T, gates)
-    a = (z if mask is None else z[mask]).abs()
+    if mask is not None:
+        z = z[mask]
+    a = z.abs()
     return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
 
 
