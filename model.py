@@ -759,7 +759,7 @@ def _open_gguf(path: Path, changed: int):
 
 # --------------------------------------------------------------------------------------------- tokenizer
 
-# Byte-pair encoding (BPE) cuts a text into words, and then merges the bytes of each word, pair by pair, into tokens. How
+# Byte-pair encoding (BPE) cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How
 # words are cut is a property of each tokenizer, by llama.cpp's name for it:
 SPLIT = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
