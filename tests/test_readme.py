@@ -49,6 +49,9 @@ def section(title: str) -> str:
     return found.group(1)
 
 
+KNOWN = ("python", "pip", "torchrun", "git")
+
+
 def shell(text: str) -> list[str]:
     """The shell texts in a part of README: what stands after `$ ` where a block has such lines, else whole blocks in
     which a line begins with a command; and `python ...` and `torchrun ...` within sentences."""
@@ -56,7 +59,7 @@ def shell(text: str) -> list[str]:
     for _, language, block in BLOCK.findall(text):
         if typed := re.findall(r"^\$ (.*(?:\\\n.*)*)", block, re.MULTILINE):
             texts += typed
-        elif language in ("", "sh", "bash") and re.search(r"^\s*(python|pip|torchrun) ", block, re.MULTILINE):
+        elif language in ("", "sh", "bash") and re.search(rf"^\s*({'|'.join(KNOWN)}) ", block, re.MULTILINE):
             texts.append(block)
     spans = re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", text))
     return texts + [" ".join(span.split()) for span in spans]
@@ -65,12 +68,12 @@ def shell(text: str) -> list[str]:
 def commands(text: str) -> list[tuple[str, ...]]:
     """Each different command in a part of README as its words. bash itself takes loops, quotes and comments apart, with
     functions in the place of programs that only tell their words, and nothing on its PATH."""
-    tell = [f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\n' >&3; }}" for name in ("python", "pip", "torchrun", "git")]
+    tell = [f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\n' >&3; }}" for name in KNOWN]
     script = "\n".join(["exec 3>&1; cd() { :; }", *tell, *shell(text)])
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run([shutil.which("bash"), "-c", script], capture_output=True, text=True, cwd=empty,
                               env={"PATH": "/nowhere"})
-    assert done.returncode == 0 and not done.stderr, f"README: bash, with no more than {tell}, says {done.stderr}"
+    assert done.returncode == 0 and not done.stderr, f"README: bash, which knows {', '.join(KNOWN)} here: {done.stderr}"
     several = [line.split("\0") for line in done.stdout.removesuffix("\0\n\0").split("\0\n\0")]
     return list(dict.fromkeys(tuple(word for word in words if word != "...") for words in several))
 
