@@ -35,8 +35,8 @@ SMALL = {
     "train.py": DATA + "--init tiny --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 --no-compile",
     "train.py --resume": DATA + "--max-steps 3",
     "eval.py": DATA,
-    "pytest": "--deselect tests/test_gatera.py::test_the_model_compiles_without_a_graph_break",  # a minute's work
     "eval.py --init": DATA + "--init tiny --limit 2",
+    "pytest": "--deselect tests/test_gatera.py::test_the_model_compiles_without_a_graph_break",  # a minute's work
 }
 
 
@@ -90,7 +90,7 @@ def copy_repository(to: Path) -> Path:
         for file in ROOT.glob(pattern):
             (to / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(ROOT))
-    from conftest import write_llama
+    from conftest import write_llama  # here, as `python tests/test_readme.py` can do without
     write_llama(to / "tiny", d=64, heads=2, kv_heads=1, d_ff=64)  # sides of 32 and more: the rank may be 32
     return to
 
@@ -105,7 +105,8 @@ def programs() -> SimpleNamespace:
 def template(tmp_path_factory):
     """A copy of the repository, with a tiny run in the place of each one in out/ that README reads."""
     place, ours = copy_repository(tmp_path_factory.mktemp("template")), programs()
-    evals = [ours.eval.parse(list(words[2:])) for words in COMMANDS if words[1] == "eval.py" and "--help" not in words]
+    evals = [ours.eval.parse(list(words[2:])) for words in COMMANDS
+             if words[:2] == ("python", "eval.py") and "--help" not in words]
     resumed = [words[words.index("--resume") + 1] for words in COMMANDS if "--resume" in words]
     compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")}
     exported = {args.run for args in evals if args.export}
