@@ -695,7 +695,12 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
     return answers
 
 
-# ------------------------------------------------------------------------------------------------ machine
+# -------------------------------------------------------------------------------------- machine and flags
+
+def task_names(text: str) -> list[str]:
+    """What --tasks names."""
+    return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
+
 
 def device_problems(name: str) -> list[str]:
     """What is wrong with --device, one text or none."""
@@ -775,7 +780,7 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         elif not (args.init or facts.get("config", {}).get("init")):
             wrong.append(f"{args.run}: no config.json that names the base model; pass --init")
     chosen = args.tasks or facts.get("config", {}).get("tasks", "all")
-    tasks = list(TASKS) if chosen == "all" else [task.strip() for task in chosen.split(",")]
+    tasks = task_names(chosen)
     wrong += [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
     wrong += [f"--tasks: {task} is named twice" for task in dict.fromkeys(tasks) if tasks.count(task) > 1]
     wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
