@@ -550,8 +550,8 @@ class Run:
         """Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
-            names = (self.out.with_name(f"{self.out.name}-{i}") for i in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
+            aside = next(path for i in itertools.count(1)
+                         if not (path := self.out.with_name(f"{self.out.name}-{i}")).exists())
             self.out.rename(aside)
             self.metrics.close()
             print(f"the earlier run in {self.out} is now in {aside}")
@@ -562,11 +562,7 @@ class Run:
 
     def lock(self):
         self.metrics = open(self.out / "metrics.jsonl", "a")
-        try:
-            claim(self.metrics, self.out)
-        except UserError:
-            self.metrics.close()
-            raise
+        claim(self.metrics, self.out)
 
     def record(self, line: dict):
         if self.metrics:
