@@ -18,7 +18,8 @@ Protocols:
               is the prediction. None in it is a wrong answer, and counted.
 
 Writes results.json and predictions.jsonl (a line for each question), by default to <run>/eval/<adapter>-<protocol>/. An
-evaluation that was interrupted goes on where it was when started again.
+evaluation that was interrupted goes on where it was when started again. What an accuracy is stands first, under scoring,
+protocols and results; then comes a section for each other thing that a flag asks for.
 """
 import argparse
 import base64
@@ -135,17 +136,17 @@ def generate_answers(model, tokenizer, records: list[dict], max_len: int, beams:
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], protocol: str, max_len: int = 512,
-             quiet: bool = False, beams: int = 4, earlier: dict[int, dict] = {}, keep=None, chunk: int = 64) -> dict:
+             quiet: bool = False, beams: int = 4, earlier: dict[int, dict] | None = None, file=None,
+             chunk: int = 64) -> dict:
     """Evaluates records of one task. Returns what `summarise` does, and "predictions": for each record its index,
     label, scores or generated text, and predicted index.
 
-    earlier: {index: prediction} that need not be made again. keep(predictions) gets every `chunk` of new ones."""
-    predictions = dict(earlier)
+    earlier: {index: prediction} that need not be made again. file: open, gets every `chunk` of new ones as lines."""
+    predictions = dict(earlier or {})
     todo = [i for i in range(len(records)) if i not in predictions]
-    training = model.training
     model.eval()
-    with tqdm(total=len(records), initial=len(predictions), desc=" ".join([*{r["task"] for r in records}, protocol]),
-              unit="q", leave=False, disable=quiet or None) as progress:
+    with tqdm(total=len(records), initial=len(predictions), desc=protocol, unit="q", leave=False,
+              disable=quiet or None) as progress:
         for start in range(0, len(todo), chunk):
             numbers = todo[start:start + chunk]
             part = [records[i] for i in numbers]
@@ -156,10 +157,10 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
             new = [{"task": record["task"], "index": i, "label": record["label"]} | prediction
                    for i, record, prediction in zip(numbers, part, new)]
             predictions |= zip(numbers, new)
-            if keep is not None:
-                keep(new)
+            if file is not None:
+                file.write(json_lines(new))
+                file.flush()
             progress.update(len(part))
-    model.train(training)
     predictions = [predictions[i] for i in range(len(records))]
     return summarise(predictions, protocol) | {"predictions": predictions}
 
@@ -249,14 +250,16 @@ def claimed(directory: Path):
         os.close(handle)
 
 
-def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) -> dict[str, dict[int, dict]]:
-    """What `read_predictions` finds of an earlier evaluation in `out`, whole or interrupted, if it was of the very
-    same thing: model, adapter's contents, protocol and records. Anything else is moved aside and not mixed in."""
+def earlier_predictions(out: Path, summary: dict) -> dict[str, dict[int, dict]]:
+    """What `read_predictions` finds of an earlier evaluation in `out`, whole or interrupted, if it was of the very same
+    thing: model, adapter's contents, protocol and records; its other tasks join `summary`. Anything else is moved aside
+    and not mixed in."""
     if not (out / "results.json").exists():
         return {}
     old = read_json(out / "results.json")
-    differ = [name for name, value in configuration.items() if old.get("configuration", {}).get(name) != value]
-    differ += [f"{task}'s records" for task, digest in data.items() if old.get("data", {}).get(task, digest) != digest]
+    before, known = old.get("configuration", {}), old.get("data", {})
+    differ = [name for name, value in summary["configuration"].items() if before.get(name) != value]
+    differ += [f"{task}'s records" for task, digest in summary["data"].items() if known.get(task, digest) != digest]
     if differ:
         aside = next(path for i in itertools.count(1) if not (path := out / f"earlier{i}").exists())
         aside.mkdir()
@@ -265,6 +268,7 @@ def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) ->
                 (out / name).rename(aside / name)
         print(f"{out} held another evaluation ({', '.join(differ)} differ), which is now in {aside}")
         return {}
+    summary |= {name: old[name] | summary[name] for name in ("data", "tasks")}
     return read_predictions(out)
 
 
@@ -286,25 +290,17 @@ def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
 def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: dict, out: Path) -> None:
     """Evaluates {task: records} and keeps what is done in `out`, where it goes on if it was interrupted. summary: what
     becomes results.json, which gets the results."""
-    configuration = summary["configuration"]
-    earlier = earlier_predictions(out, configuration, summary["data"])
-    if (out / "results.json").exists():  # of the same thing: its other tasks stay
-        before = read_json(out / "results.json")
-        summary |= {name: before[name] | summary[name] for name in ("data", "tasks")}
+    configuration, earlier = summary["configuration"], earlier_predictions(out, summary)
     write_json(out / "results.json", summary)
     whole = json_lines([prediction for own in earlier.values() for prediction in own.values()])
     write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
     with open(out / "predictions.jsonl", "a") as file:
-        def keep(new: list[dict]):
-            file.write(json_lines(new))
-            file.flush()
-
         for task, own in records.items():
             if task in earlier:
                 print(f"{task}: {len(earlier[task]):,} predictions were already in {out}")
             result = evaluate(model, tokenizer, own, configuration["protocol"], configuration["max_len"],
-                              beams=configuration["beams"], earlier=earlier.get(task, {}), keep=keep)
-            result.pop("predictions")
+                              beams=configuration["beams"], earlier=earlier.get(task), file=file)
+            result.pop("predictions")  # these are in the file
             summary["tasks"][task] = result
             summary["mean"] = mean_result(summary["tasks"], configuration["protocol"])
             write_json(out / "results.json", summary)
@@ -315,8 +311,9 @@ def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: di
 # What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
 SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "batch", "steps", "validation",
                    "eval_every", "seed")
-UNIMPORTANT = ("preset", "out", "init", "data", "resume", "log_every", "save_every", "test", "device", "compile",
-               "checkpointing", "micro_batch", "epochs", "max_steps", "fsdp", "plan")
+# What changes no step of training but by rounding, or only how many there are.
+UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
+               "device", "compile", "checkpointing", "fsdp", "plan")
 
 
 def results_name(args, name: str, protocol: str) -> str:
@@ -366,7 +363,7 @@ def setting_differences(methods: list[list[dict]]) -> tuple[list[str], list[str]
     settings = [[{"base": base.format(**summary["configuration"])} | (summary["settings"] or {}) for summary in method]
                 for method in methods]
     wrong, compared = [], []
-    for name in sorted({name for method in settings for s in method for name in s} - set(UNIMPORTANT)):
+    for name in sorted({name for method in settings for s in method for name in s} - {"preset", "init", *UNIMPORTANT}):
         values = [sorted({str(s[name]) for s in method if name in s}) for method in settings]
         values = [own for own in values if own]
         mixed = name != "seed" and any(len(own) > 1 for own in values)  # within what should be one method
@@ -714,11 +711,9 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
     if not layers:
         return {"the base": stream_answer(model, tokenizer, ids, "the base", colour)}
     answers = {}
-    with cached_products(model):
-        answers["with the adapter"] = stream_answer(model, tokenizer, ids, "with the adapter", colour)
-    title = "without the adapter (the base)"
-    with adapters_off(model):
-        answers[title] = stream_answer(model, tokenizer, ids, title, colour)
+    for title, way in (("with the adapter", cached_products), ("without the adapter (the base)", adapters_off)):
+        with way(model):
+            answers[title] = stream_answer(model, tokenizer, ids, title, colour)
     return answers
 
 
@@ -759,14 +754,13 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
     compute in it, float16 on older ones."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if dtype == "bfloat16" and where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8:
+    old = where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "float16" if old else "bfloat16"
+    if dtype == "bfloat16" and old:
         raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
                         "float32")
-    if dtype != "auto":
-        return where, getattr(torch, dtype)
-    if where.type == "cpu":
-        return where, torch.float32
-    return where, torch.bfloat16 if torch.cuda.get_device_capability(where)[0] >= 8 else torch.float16
+    return where, getattr(torch, dtype)
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -804,8 +798,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def find_run(args: argparse.Namespace) -> tuple[Path | None, dict]:
     """(The directory of the adapter, the run's config.json) of --run; what is wrong with them joins args.wrong."""
     run = Path(args.run)
-    places = [run / args.adapter, run]
-    adapter = next((place for place in places if (place / "adapter.safetensors").exists()
+    adapter = next((place for place in (run / args.adapter, run) if (place / "adapter.safetensors").exists()
                     or (place / "adapter_config.json").exists()), None)  # the latter is peft's
     # --run may also name one of a run's adapters
     file = next((file for file in (run / "config.json", run.parent / "config.json") if file.exists()), None)
@@ -818,7 +811,7 @@ def find_run(args: argparse.Namespace) -> tuple[Path | None, dict]:
         args.wrong.append(f"{run}: no such directory")
     elif adapter is None:
         last = "; last/ is there, of a run that has not ended: add --adapter last"
-        args.wrong.append(f"{run}: no adapter there; looked for {places[0]}/adapter.safetensors"
+        args.wrong.append(f"{run}: no adapter there; looked for {run / args.adapter}/adapter.safetensors"
                           + (last if (run / "last" / "adapter.safetensors").exists() else ""))
     elif not (args.init or settings.get("init")):
         args.wrong.append(f"{run}: no config.json that names the base model; pass --init")
@@ -839,7 +832,7 @@ def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
         wrong.append(f"--max-len {args.max_len}; expected 16 or more")
     if args.export and args.export[0] not in ("hf", "peft"):
         wrong.append(f"--export {args.export[0]}; expected hf or peft")
-    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    given = [name for name, value in vars(args).items() if value is not None and value is not False]
     modes = [name for name in ("compare", "gates", "prompt", "export") if name in given]
     if len(modes) > 1:
         wrong.append(f"--{' and --'.join(modes)}: expected one of them")

@@ -46,7 +46,7 @@ from torch.distributed.fsdp import fully_shard
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.download import Flags, UserError, claim, read_json, run_command, unwritable
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
-from eval import device_problems, evaluate, log_likelihoods, pick_device, task_names, write_json
+from eval import UNIMPORTANT, device_problems, evaluate, log_likelihoods, pick_device, task_names, write_json
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
                     inject_adapters, load_adapter, read_tensors, save_adapter, write_tensors)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
@@ -82,14 +82,14 @@ class Config:
     lr: float = 1e-3                # peak learning rate of AdamW
     weight_decay: float = 0.0       # AdamW's
     batch: int = 32                 # records an optimiser step
-    micro_batch: int = 0            # records a forward, gradients add up to the batch's; 0: all at once
+    micro_batch: int = 0            # records a forward, gradients add up to the batch's; 0: the whole batch
     epochs: int = 3                 # passes over the training records
     max_steps: int = 0              # stop after so many steps; 0: by epochs
     warmup: int = 100               # steps of linear warmup, before linear decay to 0
     clip: float = 1.0               # largest gradient norm; 0: no clipping
     seed: int = 1337                # of the adapter's start, the data's order and dropout
     # validation and logging
-    validation: int = 120           # of the tasks' held-out records (eval.py --split val), so many pick best/
+    validation: int = 120           # held-out records (of those that eval.py --split val scores) that pick best/
     eval_every: int = 200           # steps between validations
     log_every: int = 10             # steps between progress lines
     save_every: int = 100           # steps between checkpoints, from which --resume goes on
@@ -121,8 +121,8 @@ def adapter_config(c: Config) -> AdapterConfig:
 # ------------------------------------------------------------------------------------------------- data
 
 def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
-    """(training, validation, test) records: the tasks' training sets as one list, of their held-out records (see
-    data/prepare.py) as many as validate, and test records by task. No held-out record is ever trained on."""
+    """(training, validation, test) records: the tasks' training sets without what data/prepare.py holds out of them,
+    as many of the held-out records as --validation wants, and test records by task."""
     tasks, data = task_names(c.tasks), c.data or DEFAULT
     if not c.data:
         prepare(tasks, ("train", "test") if c.test else ("train",))
@@ -163,13 +163,13 @@ class Batch(NamedTuple):
 
 
 def load_batches(records: list[dict], encode, c: Config, team: "Team", first: int, steps: int):
-    """The Batches of the steps from `first` on. encode: record -> Question. Tokens are made only now, batch by batch:
-    tiktoken is quicker than a step."""
+    """The Batches of the steps from `first` on. encode: record -> Question, batch by batch since it is quicker than a
+    step."""
     size = c.micro_batch or math.ceil(c.batch / team.size)
     for numbers in itertools.islice(batches(len(records), c), first, steps):
         questions = [encode(records[i]) for i in numbers]
-        # A process's share. All have as many rows, since --fsdp makes them together: where no question is left for
-        # one, it takes any, and weighs it 0.
+        # This process's share. All processes need as many rows, since with --fsdp they make forwards together: one
+        # that has no question left takes any, and weighs it 0.
         share, longest = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
         rows = [(pack(share[i:i + size] or questions[:1]), i < len(share)) for i in range(0, longest, size)]
         yield Batch(numbers, rows, n_answer=sum(len(q.answers[0]) for q in questions),
@@ -287,7 +287,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
     gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
     others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
-    groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]
+    groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]  # see learning_rate
     optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # does nothing for the other dtypes
@@ -306,13 +306,13 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
              "processes": team.size, "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
              "python": platform.python_version()}
     saved = run.begin(facts, c, model, optimizer, scaler)
-    first, best, cut = saved["step"], saved["best"], saved["cut"]  # step; lowest validation loss; prompts that were cut
+    first, best, cut = saved["step"], saved["best"], saved["cut"]  # lowest validation loss; prompts cut
     started -= saved["seconds"]
 
     # ------------------------------------------------------------------------------------------- the loop
     data = load_batches(train_records, encode, c, team, first, steps)
     upcoming = next(data, None)
-    tokens, since, logged = 0, time.time(), first - 1  # of the present progress line: tokens, start, step before it
+    tokens, since, logged = 0, time.time(), first - 1  # since the last progress line: tokens, its time, its step
     caught = 0  # signals to stop
     signals.catch()
     for step in range(first, steps):
@@ -324,7 +324,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into rows. L_task is over
         # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
-        loss, entropy = 0.0, 0.0
+        loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far
         for row, weight in batch.rows:
             row = row.to(device)
             with autocast:
@@ -333,7 +333,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
                 l_ent = gate_entropy(model) * (weight * row.ids.numel() / batch.n_token)
             scaler.scale(l_task + c.entropy_weight * l_ent).backward()
             loss, entropy = loss + l_task.detach(), entropy + l_ent.detach()
-        # over all processes; a signal to one of them stops all
+        # Over all processes; a signal to one of them stops all.
         sums = torch.stack([loss, entropy, loss.new_full((), len(signals.caught))])
         loss, entropy, caught = team.add_up(trainable.values(), sums)
         scaler.unscale_(optimizer)
@@ -405,10 +405,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
 CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "form": FORMS,
            "dtype": ("auto", "float32", "bfloat16", "float16")}
-# What --resume may set anew: it changes no step but by rounding, or only how many there are. (With --dropout,
-# --micro-batch changes the masks; --data has to hold the same records.)
-MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
-              "test", "device", "compile", "checkpointing", "fsdp", "plan")
+# What --resume may set anew. (With --dropout, --micro-batch changes the masks; --data has to hold the same records.)
+MAY_CHANGE = (*UNIMPORTANT, "eval_every")
 
 
 def flag(name: str) -> str:
