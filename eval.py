@@ -18,8 +18,7 @@ Protocols:
               is the prediction. None in it is a wrong answer, and counted.
 
 Writes results.json and predictions.jsonl (a line for each question), by default to <run>/eval/<adapter>-<protocol>/. An
-evaluation that was interrupted goes on where it was when started again. What an accuracy is stands first, under scoring,
-protocols and results; then comes a section for each other thing that a flag asks for.
+evaluation that was interrupted goes on where it was when started again.
 """
 import argparse
 import base64
@@ -49,6 +48,9 @@ from gatera import (adapter_state, adapters_off, cached_products, checksum, expo
 from model import KVCache, Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 PROTOCOLS = (*FORMS, "generate")
+
+# What an accuracy is comes first: scoring, protocols, results. A first reading can leave out the rest: a section each
+# for --compare, --gates and --prompt, then the command line.
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -167,10 +169,14 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
 
 # ----------------------------------------------------------------------------------------------- results
 
+def quoted(protocol: str) -> str:
+    """The one accuracy to quote: acc_norm in cloze form, where choices differ in length; acc elsewhere."""
+    return "acc_norm" if protocol == "cloze" else "acc"
+
+
 def correct(prediction: dict, protocol: str) -> bool:
-    """Whether a prediction counts for the one accuracy to quote: acc_norm in cloze form, where choices differ in
-    length; acc elsewhere."""
-    return prediction["prediction_norm" if protocol == "cloze" else "prediction"] == prediction["label"]
+    """Whether a prediction counts for the accuracy to quote."""
+    return prediction["prediction_norm" if quoted(protocol) == "acc_norm" else "prediction"] == prediction["label"]
 
 
 def summarise(predictions: list[dict], protocol: str) -> dict:
@@ -199,16 +205,11 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
     return [100 * (middle - half) / (1 + spread), 100 * (middle + half) / (1 + spread)]
 
 
-def headline(result: dict, protocol: str) -> float:
-    """The one accuracy to quote, see `correct`."""
-    return result["acc_norm" if protocol == "cloze" else "acc"]
-
-
 def mean_result(results: dict[str, dict], protocol: str) -> dict:
     """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
     Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
     tasks = list(results.values())
-    values = [headline(task, protocol) for task in tasks]
+    values = [task[quoted(protocol)] for task in tasks]
     value = sum(values) / len(values)
     low, high = (math.dist(values, [task["interval"][side] for task in tasks]) / len(values) for side in (0, 1))
     mean = {key: sum(task[key] for task in tasks) / len(tasks)
@@ -737,7 +738,7 @@ def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) ->
 # -------------------------------------------------------------------------------------- machine and flags
 
 def task_names(text: str) -> list[str]:
-    """What --tasks names."""
+    """What --tasks names: all, or some with commas between."""
     return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
 
 

@@ -46,7 +46,8 @@ from torch.distributed.fsdp import fully_shard
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.download import Flags, UserError, claim, read_json, run_command, unwritable
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
-from eval import UNIMPORTANT, device_problems, evaluate, log_likelihoods, pick_device, task_names, write_json
+from eval import (UNIMPORTANT, device_problems, evaluate, log_likelihoods, pick_device, quoted, task_names,
+                  write_json)
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
                     inject_adapters, load_adapter, read_tensors, save_adapter, write_tensors)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
@@ -230,7 +231,7 @@ def clock(seconds: float) -> str:
 
 def scores_before_and_after(model, tokenizer, test_records: dict[str, list[dict]], c: Config, quiet: bool) -> dict:
     """{task: {"acc" and "acc_norm": {"before", "after" training}}}, in percent."""
-    scores, name = {}, "acc_norm" if c.form == "cloze" else "acc"
+    scores, name = {}, quoted(c.form)
     for task, records in test_records.items():
         print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
         with adapters_off(model):  # the frozen base is what it was
@@ -683,16 +684,15 @@ class Team(NamedTuple):
 
     @classmethod
     def join(cls, device: torch.device) -> "Team":
-        rank, size, local = (int(os.environ.get(name, no)) for name, no in
-                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if "RANK" in os.environ:
-            if device.type == "cuda":
-                device = torch.device("cuda", local)
-                torch.cuda.set_device(device)
-            cuda = device.type == "cuda"
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                    timeout=timedelta(hours=6))  # the first process may have gigabytes to download
-        return cls(rank, size, device)
+        if "RANK" not in os.environ:
+            return cls(0, 1, device)
+        cuda = device.type == "cuda"
+        if cuda:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=6))  # the first process may have gigabytes to download
+        return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def wait(self):
         if self.size > 1:
@@ -761,11 +761,14 @@ def plan(c: Config) -> str:
         inject_adapters(model, adapter_config(c))
     adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
     n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
-    n_block = sum(p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
-    block, base, ends = (n * dtype.itemsize for n in (n_block, n_base, n_base - config.n_layer * n_block))
-    training = sum(4 * p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    # in bytes: the weights,
+    base = sum(p.nbytes for p in frozen)
+    block = sum(p.nbytes for p in model.blocks[0].parameters() if not p.requires_grad)
+    ends = base - config.n_layer * block            # what is before and after the blocks
+    training = 4 * sum(p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    # and what a record's forward keeps
     one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
-    of_block, of_ends = two - one, 2 * one - two    # a record's
+    of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
     hira = c.peft in ("hira", "gatera")
