@@ -489,7 +489,8 @@ def decode(model: Transformer, prompt: list[int], max_new_tokens: int, stop: int
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text of each token. A character that spans tokens is shown with its last one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(tokenizer.encoding.decode_single_token_bytes(i)) for i in ids]
+    texts = [decoder.decode(tokenizer.encoding.decode_single_token_bytes(i)) for i in ids]
+    return [*texts[:-1], texts[-1] + decoder.decode(b"", True)]  # where the last one is cut short
 
 
 def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
