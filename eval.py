@@ -42,12 +42,15 @@ from tqdm import tqdm
 
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.download import Flags, UserError, claim, read_json, run_command, unwritable
-from data.prepare import TASKS, load_records
+from data.prepare import DEFAULT, TASKS, load_records
 from gatera import (adapter_state, adapters_off, cached_products, checksum, export_peft, gate_values, gated_layers,
                     load_adapter, merge_adapters, set_skip_closed, write_atomically)
 from model import KVCache, Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 PROTOCOLS = (*FORMS, "generate")
+
+# What an accuracy is comes first: scoring, protocols, results. A first reading can leave out the rest: a section each
+# for --compare, --gates and --prompt, then the command line.
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -56,27 +59,27 @@ PROTOCOLS = (*FORMS, "generate")
 def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024) -> list[list[float]]:
     """sum of log p(answer token | prompt, earlier answer tokens), in nats, for each answer of each question.
 
-    Questions are packed into rows of about `row_tokens` tokens, of similar length so that little attention is wasted,
-    each prompt computed once for all its answers; the scores do not depend on how.
+    Questions are packed into rows of about `row_tokens` tokens, each prompt computed once for all its answers; the
+    scores do not depend on how.
     """
-    device = model.embed.weight.device
-    size = lambda question: len(question.prompt) + sum(map(len, question.answers))  # noqa: E731
-    order = sorted(range(len(questions)), key=lambda i: size(questions[i]), reverse=True)
-    scores, start = [None] * len(questions), 0
-    while start < len(order):
-        stop, tokens = start + 1, size(questions[order[start]])
-        while stop < len(order) and tokens + size(questions[order[stop]]) <= row_tokens:
-            tokens += size(questions[order[stop]])
-            stop += 1
-        chosen = [questions[i] for i in order[start:stop]]
-        batch = pack(chosen).to(device)
+    sizes = [len(question.prompt) + sum(map(len, question.answers)) for question in questions]
+    rows, room = [], 0  # question numbers of each row; tokens left in the last one
+    # the longest first: attention pads a row's answers to the longest, so those of like length belong together
+    for i in sorted(range(len(questions)), key=sizes.__getitem__, reverse=True):
+        if sizes[i] > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(i)
+        room -= sizes[i]
+    scores = [None] * len(questions)
+    for row in rows:
+        batch = pack([questions[i] for i in row]).to(model.embed.weight.device)
         logits = model(batch.ids, documents=batch.documents, select=batch.select)        # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))             # sums want more than bf16
         log_p = -F.cross_entropy(logits, batch.targets, reduction="none")                # (M,)
-        sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p).tolist()
-        for i, question in zip(order[start:stop], chosen):
-            scores[i], sums = sums[:len(question.answers)], sums[len(question.answers):]
-        start = stop
+        sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p)    # (D,), D answers
+        for i, own in zip(row, sums.cpu().split([len(questions[i].answers) for i in row])):
+            scores[i] = own.tolist()
     return scores
 
 
@@ -84,17 +87,16 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
 
 def rank_choices(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
     """cloze and label: every choice's log-likelihood, and the index of the best by sum and by sum per character."""
-    several = [scoring_questions(record, form, tokenizer, max_len) for record in records]
-    scores = iter(log_likelihoods(model, [question for questions in several for question in questions]))
+    questions = [scoring_questions(record, form, tokenizer, max_len) for record in records]
+    scores = iter(log_likelihoods(model, [question for own in questions for question in own]))
     predictions = []
-    for record, questions in zip(records, several):
-        sums = [score for _ in questions for score in next(scores)]
+    for record, own in zip(records, questions):
+        sums = [score for _ in own for score in next(scores)]
         # BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is quoted without
         lengths = [1 if record["task"] == "boolq" else len(answer.strip()) for _, answer in to_text(record, form)]
-        best = lambda values: max(range(len(values)), key=values.__getitem__)  # noqa: E731
-        predictions.append({"scores": sums, "prediction": best(sums),
-                            "prediction_norm": best([score / n for score, n in zip(sums, lengths)]),
-                            "cut": any(question.cut > 0 for question in questions)})
+        predictions.append({"scores": sums, "prediction": int(np.argmax(sums)),
+                            "prediction_norm": int(np.argmax(np.divide(sums, lengths))),
+                            "cut": any(question.cut > 0 for question in own)})
     return predictions
 
 
@@ -112,63 +114,69 @@ def parse_answer(task: str, text: str) -> int | None:
     return match and pattern.split("|").index(match.group())
 
 
+def prompt_room(model: Transformer, max_len: int) -> int:
+    """How many tokens a prompt may have that is answered in new tokens."""
+    return min(max_len, model.config.max_len - NEW_TOKENS)
+
+
 def generate_answers(model, tokenizer, records: list[dict], max_len: int, beams: int,
                      row_tokens: int = 2048) -> list[dict]:
     """generate: an answer to each record's instruction, and the index of the label in it, or None."""
-    room = min(max_len, model.config.max_len - NEW_TOKENS)
+    room = prompt_room(model, max_len)
     questions = [scoring_questions(record, "label", tokenizer, room)[0] for record in records]
     order = sorted(range(len(records)), key=lambda i: len(questions[i].prompt), reverse=True)
     texts, start = {}, 0
     with cached_products(model):
         while start < len(order):
             count = max(1, row_tokens // len(questions[order[start]].prompt))  # of prompts about as long
-            prompts = [questions[i].prompt for i in order[start:start + count]]
-            if beams == 1:
-                new = model.generate(prompts, NEW_TOKENS, tokenizer.eos)
-            else:
-                new = model.beam_search(prompts, NEW_TOKENS, tokenizer.eos, beams)
-            texts |= zip(order[start:start + count], map(tokenizer.decode, new))
+            part = order[start:start + count]
+            new = model.beam_search([questions[i].prompt for i in part], NEW_TOKENS, tokenizer.eos, beams)
+            texts |= zip(part, map(tokenizer.decode, new))
             start += count
     return [{"text": texts[i], "prediction": parse_answer(record["task"], texts[i]), "cut": questions[i].cut > 0}
             for i, record in enumerate(records)]
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], protocol: str, max_len: int = 512,
-             quiet: bool = False, beams: int = 4, earlier: list[dict] = (), keep=None, chunk: int = 64) -> dict:
+             quiet: bool = False, beams: int = 4, earlier: dict[int, dict] | None = None, file=None,
+             chunk: int = 64) -> dict:
     """Evaluates records of one task. Returns what `summarise` does, and "predictions": for each record its index,
     label, scores or generated text, and predicted index.
 
-    earlier: predictions that need not be made again. keep(predictions) is called with every `chunk` of new ones."""
-    predictions = {prediction["index"]: prediction for prediction in earlier}
+    earlier: {index: prediction} that need not be made again. file: open, gets every `chunk` of new ones as lines."""
+    predictions = dict(earlier or {})
     todo = [i for i in range(len(records)) if i not in predictions]
-    training = model.training
     model.eval()
-    with tqdm(total=len(records), initial=len(predictions), desc=f"{records[0]['task'] if records else ''} {protocol}",
-              unit="q", leave=False, disable=quiet or None) as progress:
+    with tqdm(total=len(records), initial=len(predictions), desc=protocol, unit="q", leave=False,
+              disable=quiet or None) as progress:
         for start in range(0, len(todo), chunk):
-            part = todo[start:start + chunk]
-            several = [records[i] for i in part]
+            numbers = todo[start:start + chunk]
+            part = [records[i] for i in numbers]
             if protocol == "generate":
-                new = generate_answers(model, tokenizer, several, max_len, beams)
+                new = generate_answers(model, tokenizer, part, max_len, beams)
             else:
-                new = rank_choices(model, tokenizer, several, protocol, max_len)
+                new = rank_choices(model, tokenizer, part, protocol, max_len)
             new = [{"task": record["task"], "index": i, "label": record["label"]} | prediction
-                   for i, record, prediction in zip(part, several, new)]
-            predictions |= zip(part, new)
-            if keep is not None:
-                keep(new)
+                   for i, record, prediction in zip(numbers, part, new)]
+            predictions |= zip(numbers, new)
+            if file is not None:
+                file.write(json_lines(new))
+                file.flush()
             progress.update(len(part))
-    model.train(training)
     predictions = [predictions[i] for i in range(len(records))]
     return summarise(predictions, protocol) | {"predictions": predictions}
 
 
 # ----------------------------------------------------------------------------------------------- results
 
+def quoted(protocol: str) -> str:
+    """The one accuracy to quote: acc_norm in cloze form, where choices differ in length; acc elsewhere."""
+    return "acc_norm" if protocol == "cloze" else "acc"
+
+
 def correct(prediction: dict, protocol: str) -> bool:
-    """Whether a prediction counts for the one accuracy to quote: acc_norm in cloze form, where choices differ in
-    length; acc elsewhere."""
-    return prediction["prediction_norm" if protocol == "cloze" else "prediction"] == prediction["label"]
+    """Whether a prediction counts for the accuracy to quote."""
+    return prediction["prediction_norm" if quoted(protocol) == "acc_norm" else "prediction"] == prediction["label"]
 
 
 def summarise(predictions: list[dict], protocol: str) -> dict:
@@ -178,10 +186,9 @@ def summarise(predictions: list[dict], protocol: str) -> dict:
     commonest label, which a model that has learnt nothing else can reach; unparsed: generated texts without a label;
     cut: questions that lost the start of their prompt."""
     n = len(predictions)
-    percent = lambda hits: 100 * sum(hits) / max(1, n)  # noqa: E731
-    result = {"n": n, "acc": percent(p["prediction"] == p["label"] for p in predictions)}
+    result = {"n": n, "acc": 100 * sum(p["prediction"] == p["label"] for p in predictions) / max(1, n)}
     if protocol != "generate":
-        result["acc_norm"] = percent(p["prediction_norm"] == p["label"] for p in predictions)
+        result["acc_norm"] = 100 * sum(p["prediction_norm"] == p["label"] for p in predictions) / max(1, n)
     commonest = max(Counter(p["label"] for p in predictions).values(), default=0)
     return result | {"interval": wilson(sum(correct(p, protocol) for p in predictions), n),
                      "majority": 100 * commonest / max(1, n),
@@ -198,21 +205,16 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
     return [100 * (middle - half) / (1 + spread), 100 * (middle + half) / (1 + spread)]
 
 
-def headline(result: dict, protocol: str) -> float:
-    """The one accuracy to quote, see `correct`."""
-    return result["acc_norm" if protocol == "cloze" else "acc"]
-
-
 def mean_result(results: dict[str, dict], protocol: str) -> dict:
     """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
     Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
-    several = list(results.values())
-    values = [headline(result, protocol) for result in several]
+    tasks = list(results.values())
+    values = [task[quoted(protocol)] for task in tasks]
     value = sum(values) / len(values)
-    low, high = (math.dist(values, [result["interval"][side] for result in several]) / len(values) for side in (0, 1))
-    mean = {key: sum(result[key] for result in several) / len(several)
-            for key in ("acc", "acc_norm", "majority") if key in several[0]}
-    total = {key: sum(result[key] for result in several) for key in ("n", "unparsed", "cut")}
+    low, high = (math.dist(values, [task["interval"][side] for task in tasks]) / len(values) for side in (0, 1))
+    mean = {key: sum(task[key] for task in tasks) / len(tasks)
+            for key in ("acc", "acc_norm", "majority") if key in tasks[0]}
+    total = {key: sum(task[key] for task in tasks) for key in ("n", "unparsed", "cut")}
     return mean | total | {"interval": [value - low, value + high]}
 
 
@@ -227,6 +229,10 @@ def table(results: dict[str, dict], protocol: str) -> str:
         lines.append(f"{task:<14} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
                      f"{row['majority']:>9.2f} {row['unparsed']:>9} {row['cut']:>5}")
     return "\n".join(lines)
+
+
+def json_lines(values: list[dict]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 def write_json(path: Path, value) -> None:
@@ -245,14 +251,16 @@ def claimed(directory: Path):
         os.close(handle)
 
 
-def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) -> dict[str, list[dict]]:
-    """{task: predictions} that an earlier evaluation left in `out`, whole or interrupted, if it was of the very same
-    thing: model, adapter's contents, protocol and records. Anything else in `out` is moved aside and not mixed in."""
+def earlier_predictions(out: Path, summary: dict) -> dict[str, dict[int, dict]]:
+    """What `read_predictions` finds of an earlier evaluation in `out`, whole or interrupted, if it was of the very same
+    thing: model, adapter's contents, protocol and records; its other tasks join `summary`. Anything else is moved aside
+    and not mixed in."""
     if not (out / "results.json").exists():
         return {}
     old = read_json(out / "results.json")
-    differ = [name for name, value in configuration.items() if old.get("configuration", {}).get(name) != value]
-    differ += [f"{task}'s records" for task, digest in data.items() if old.get("data", {}).get(task, digest) != digest]
+    before, known = old.get("configuration", {}), old.get("data", {})
+    differ = [name for name, value in summary["configuration"].items() if before.get(name) != value]
+    differ += [f"{task}'s records" for task, digest in summary["data"].items() if known.get(task, digest) != digest]
     if differ:
         aside = next(path for i in itertools.count(1) if not (path := out / f"earlier{i}").exists())
         aside.mkdir()
@@ -261,7 +269,8 @@ def earlier_predictions(out: Path, configuration: dict, data: dict[str, str]) ->
                 (out / name).rename(aside / name)
         print(f"{out} held another evaluation ({', '.join(differ)} differ), which is now in {aside}")
         return {}
-    return {task: list(several.values()) for task, several in read_predictions(out).items()}
+    summary |= {name: old[name] | summary[name] for name in ("data", "tasks")}
+    return read_predictions(out)
 
 
 def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
@@ -279,26 +288,46 @@ def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
     return found
 
 
+def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: dict, out: Path) -> None:
+    """Evaluates {task: records} and keeps what is done in `out`, where it goes on if it was interrupted. summary: what
+    becomes results.json, which gets the results."""
+    configuration, earlier = summary["configuration"], earlier_predictions(out, summary)
+    write_json(out / "results.json", summary)
+    whole = json_lines([prediction for own in earlier.values() for prediction in own.values()])
+    write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
+    with open(out / "predictions.jsonl", "a") as file:
+        for task, own in records.items():
+            if task in earlier:
+                print(f"{task}: {len(earlier[task]):,} predictions were already in {out}")
+            result = evaluate(model, tokenizer, own, configuration["protocol"], configuration["max_len"],
+                              beams=configuration["beams"], earlier=earlier.get(task), file=file)
+            result.pop("predictions")  # these are in the file
+            summary["tasks"][task] = result
+            summary["mean"] = mean_result(summary["tasks"], configuration["protocol"])
+            write_json(out / "results.json", summary)
+
+
 # --------------------------------------------------------------------------------------------- comparing
 
 # What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
 SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "batch", "steps", "validation",
                    "eval_every", "seed")
-UNIMPORTANT = ("preset", "out", "init", "data", "resume", "log_every", "save_every", "test", "device", "compile",
-               "checkpointing", "micro_batch", "epochs", "max_steps", "fsdp", "plan")
+# What changes no step of training but by rounding, or only how many there are.
+UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
+               "device", "compile", "checkpointing", "fsdp", "plan")
 
 
 def results_name(args, name: str, protocol: str) -> str:
     """Results of each adapter, protocol, split and limit have a directory of their own, to stand side by side."""
-    return "-".join([name, *(["gates"] if args.gates else []), protocol, *(["val"] if args.split == "val" else []),
-                     *([str(args.limit)] if args.limit else []),
-                     *([f"beams{args.beams}"] if protocol == "generate" and args.beams != 4 else []),
-                     *([f"skip{args.skip_closed}"] if args.skip_closed is not None else [])])
+    parts = [name, "gates" if args.gates else "", protocol, "val" if args.split == "val" else "",
+             str(args.limit or ""), f"beams{args.beams}" if protocol == "generate" and args.beams != 4 else "",
+             "" if args.skip_closed is None else f"skip{args.skip_closed}"]
+    return "-".join(part for part in parts if part)
 
 
-def find_results(place: str, args) -> Path:
-    """The directory of a run's results that --protocol, --split, --limit, ... choose, or `place` itself."""
-    directory = Path(place)
+def find_results(run: str, args) -> Path:
+    """The directory of a run's results that --protocol, --split, --limit, ... choose, or `run` itself if it is one."""
+    directory = Path(run)
     if (directory / "predictions.jsonl").exists():
         return directory
     facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
@@ -307,15 +336,17 @@ def find_results(place: str, args) -> Path:
     if (chosen / "predictions.jsonl").exists():
         return chosen
     there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
-    raise UserError(f"{place}: no results called {chosen.name} there; " + (
-        f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as "
-        f"{place}/eval/NAME; or evaluate it first: " if there else "first: ")
-        + f"python eval.py --run {place}" + (f" --limit {args.limit}" if args.limit else ""))
+    advice = "first: "
+    if there:
+        advice = (f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as "
+                  f"{run}/eval/NAME; or evaluate it first: ")
+    raise UserError(f"{run}: no results called {chosen.name} there; {advice}python eval.py --run {run}"
+                    + (f" --limit {args.limit}" if args.limit else ""))
 
 
-def load_results(place: str, args) -> tuple[dict, dict[str, list[float]]]:
+def load_results(run: str, args) -> tuple[dict, dict[str, list[float]]]:
     """(results.json, {task: 1.0 or 0.0 for each question}) of an evaluated run."""
-    directory = find_results(place, args)
+    directory = find_results(run, args)
     summary, found = read_json(directory / "results.json"), read_predictions(directory)
     if not {"configuration", "settings", "data", "tasks"} <= summary.keys():
         raise UserError(f"{directory}/results.json: of another version of eval.py; evaluate again")
@@ -326,20 +357,21 @@ def load_results(place: str, args) -> tuple[dict, dict[str, list[float]]]:
                      for task in summary["tasks"]}
 
 
-def setting_differences(groups: list[list[dict]]) -> tuple[list[str], list[str]]:
-    """(settings that differ and should not, settings that are compared), each as "name: first / second / ..."."""
-    base = lambda summary: "{base_sha256:.8} in {dtype}".format(**summary["configuration"])  # noqa: E731
-    settings = [[{"base": base(summary), **(summary["settings"] or {})} for summary in group] for group in groups]
-    names = sorted({name for group in settings for s in group for name in s} - set(UNIMPORTANT))
+def setting_differences(methods: list[list[dict]]) -> tuple[list[str], list[str]]:
+    """(settings that differ and should not, settings that are compared), each as "name: first / second / ...".
+    methods: for each method the results.json of its seeds."""
+    base = "{base_sha256:.8} in {dtype}"
+    settings = [[{"base": base.format(**summary["configuration"])} | (summary["settings"] or {}) for summary in method]
+                for method in methods]
     wrong, compared = [], []
-    for name in names:
-        values = [several for group in settings if (several := sorted({str(s[name]) for s in group if name in s}))]
-        text = f"{name}: " + " / ".join(", ".join(several) for several in values)
-        mixed = name != "seed" and any(len(several) > 1 for several in values)  # within what should be one method
-        if mixed or name in SHARED_SETTINGS and any(several != values[0] for several in values):
-            wrong.append(text)
-        elif any(several != values[0] for several in values):
-            compared.append(text)
+    for name in sorted({name for method in settings for s in method for name in s} - {"preset", "init", *UNIMPORTANT}):
+        values = [sorted({str(s[name]) for s in method if name in s}) for method in settings]
+        values = [own for own in values if own]
+        mixed = name != "seed" and any(len(own) > 1 for own in values)  # within what should be one method
+        differ = any(own != values[0] for own in values)
+        if mixed or differ:
+            text = f"{name}: " + " / ".join(", ".join(own) for own in values)
+            (wrong if mixed or name in SHARED_SETTINGS else compared).append(text)
     return wrong, compared
 
 
@@ -355,64 +387,68 @@ def mcnemar(difference: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test: of the questions that only one of two runs gets right, each run would win
     half if they were equally good."""
     n, fewer = int((difference != 0).sum()), int(min((difference > 0).sum(), (difference < 0).sum()))
-    log_choose = lambda k: math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)  # noqa: E731
-    return min(1.0, 2 * sum(math.exp(log_choose(k) - n * math.log(2)) for k in range(fewer + 1)))
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def compare(places: list[str], args) -> dict:
-    """Prints and returns one table: accuracies of each run (or of the mean over a method's seeds), and its differences
-    to the first, paired by question, with 95 % bootstrap intervals over questions. p is McNemar's, where both are
-    single runs; in the last row it is over the questions of all tasks together."""
-    groups = [[load_results(place, args) for place in group.split(",")] for group in places]
-    summaries = [[summary for summary, _ in group] for group in groups]
-    flat = [summary for group in summaries for summary in group]
+def compare(groups: list[str], args, out: Path) -> dict:
+    """eval.py --compare: one table, printed, returned and kept in `out`, with a picture of the runs' losses.
+
+    A group is a method: one run, or its seeds with commas between, whose mean counts. The table has each method's
+    accuracy, and its difference to the first, paired by question, with a 95 % bootstrap interval over questions. p is
+    McNemar's, where both are single runs; in the last row it is over the questions of all tasks together."""
+    methods = [[load_results(run, args) for run in group.split(",")] for group in groups]
+    summaries = [summary for method in methods for summary, _ in method]
     for name in ("protocol", "split", "beams"):
-        if len(values := {str(summary["configuration"][name]) for summary in flat}) > 1:
+        if len(values := {str(summary["configuration"][name]) for summary in summaries}) > 1:
             raise UserError(f"these cannot be compared: their {name} is {' and '.join(sorted(values))}")
-    chosen = TASKS if args.tasks in (None, "all") else args.tasks.split(",")
-    tasks = [task for task in flat[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in flat)]
-    if other := [task for task in tasks if len({summary["data"][task] for summary in flat}) > 1]:
+    chosen = task_names(args.tasks or "all")
+    tasks = [task for task in summaries[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in summaries)]
+    if other := [task for task in tasks if len({summary["data"][task] for summary in summaries}) > 1]:
         raise UserError(f"these cannot be paired: the questions of {', '.join(other)} differ; evaluate all with the "
                         "same --limit and --data")
     if not tasks:
         raise UserError("these have no task in common")
-    left_out = {task for summary in flat for task in summary["tasks"] if task in chosen} - set(tasks)
-    wrong, compared = setting_differences(summaries)
+    left_out = {task for summary in summaries for task in summary["tasks"] if task in chosen} - set(tasks)
+    wrong, compared = setting_differences([[summary for summary, _ in method] for method in methods])
     for names, start in ((wrong, "WARNING: what should be the same differs: "), (compared, "compared: "),
                          (sorted(left_out), "not evaluated for all, left out: ")):
         if names:
             print(start + "; ".join(names))
-    if any(not summary["settings"] for summary in flat):
+    if any(not summary["settings"] for summary in summaries):
         print("a base model or an adapter without a run's config.json is among them: its training is unknown")
 
-    accuracy = [[{task: 100 * np.mean(hits[task]) for task in tasks} for _, hits in group] for group in groups]
-    paired = [{task: np.mean([hits[task] for _, hits in group], axis=0) for task in tasks} for group in groups]
+    # {task: a number for each question: how many of the method's seeds get it right, of 1}
+    hits = [{task: np.mean([run[task] for _, run in method], axis=0) for task in tasks} for method in methods]
     rows = {task: [] for task in [*tasks, "mean"]}
-    for number, (group, mine) in enumerate(zip(accuracy, paired)):
-        seeds = [run | {"mean": np.mean(list(run.values()))} for run in group]
-        difference = {task: mine[task] - paired[0][task] for task in tasks}
+    for method, mine in zip(methods, hits):
+        accuracies = {task: [100 * np.mean(run[task]) for _, run in method] for task in tasks}  # of each seed
+        accuracies["mean"] = np.mean(list(accuracies.values()), axis=0)
+        difference = {task: mine[task] - hits[0][task] for task in tasks}
         rng = np.random.default_rng(0)
         draws = {task: bootstrap(difference[task], rng) for task in tasks}
         draws["mean"] = np.mean(list(draws.values()), axis=0)
-        difference_all = np.concatenate(list(difference.values()))
-        for task in rows:
-            values = [run[task] for run in seeds]
-            row = {"accuracy": float(np.mean(values)),
-                   "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-            if number > 0:
-                row["difference"] = row["accuracy"] - rows[task][0]["accuracy"]
-                row["interval"] = np.percentile(draws[task], [2.5, 97.5]).tolist()
-                single = len(group) == len(groups[0]) == 1
-                row["p"] = mcnemar(difference.get(task, difference_all)) if single else None
-            rows[task].append(row)
-    print(comparison_table(places, rows, {task: len(paired[0][task]) for task in tasks}))
-    return {"runs": places, "warnings": wrong, "compared": compared, "rows": rows}
+        difference["mean"] = np.concatenate(list(difference.values()))  # for McNemar's p
+        for task, row in rows.items():
+            cell = {"accuracy": float(np.mean(accuracies[task])),
+                    "spread": float(np.std(accuracies[task], ddof=1)) if len(method) > 1 else None}
+            if method is not methods[0]:
+                cell["difference"] = cell["accuracy"] - row[0]["accuracy"]
+                cell["interval"] = np.percentile(draws[task], [2.5, 97.5]).tolist()
+                cell["p"] = mcnemar(difference[task]) if len(method) == len(methods[0]) == 1 else None
+            row.append(cell)
+    print(comparison_table(groups, rows, {task: len(hits[0][task]) for task in tasks}))
+    result = {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
+    write_json(out / "compare.json", result)
+    drawn = draw_training({run: read_metrics(run) for group in groups for run in group.split(",")}, out / "losses.png")
+    print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
+    return result
 
 
-def comparison_table(places: list[str], rows: dict[str, list[dict]], n: dict[str, int]) -> str:
-    text = [f"[{i}] {place}" for i, place in enumerate(places, 1)]
+def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str, int]) -> str:
+    """The rows of `compare` as text; n: questions of each task."""
+    text = [f"[{i}] {group}" for i, group in enumerate(groups, 1)]
     head = f"{'task':<14} {'n':>6} {'[1]':>13}"
-    for i in range(2, len(places) + 1):
+    for i in range(2, len(groups) + 1):
         head += f" | {f'[{i}]':>13} {'- [1]':>9} {'95 % interval':>15} {'p':>7}"
     text.append(head)
     for task, cells in rows.items():
@@ -453,14 +489,14 @@ def decode(model: Transformer, prompt: list[int], max_new_tokens: int, stop: int
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text of each token. A character that spans tokens is shown with its last one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(tokenizer.encoding.decode_single_token_bytes(i)) for i in ids]
+    texts = [decoder.decode(tokenizer.encoding.decode_single_token_bytes(i)) for i in ids]
+    return [*texts[:-1], texts[-1] + decoder.decode(b"", True)]  # where the last one is cut short
 
 
 def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
     """For each record its prompt (of cloze WinoGrande, up to its first choice) and the answer that the model generates:
     {"task", "tokens", "prompt" (how many of the tokens), "cut" (how many the prompt lost), "gates" (G, T)}."""
-    traces = []
-    room = min(max_len, model.config.max_len - NEW_TOKENS)
+    traces, room = [], prompt_room(model, max_len)
     with cached_products(model):
         for record in tqdm(records, desc="reading and answering", unit="q", leave=False, disable=None):
             prompt, _, cut = scoring_questions(record, form, tokenizer, room)[0]
@@ -476,28 +512,31 @@ def layer_and_projection(names: list[str]) -> list[tuple[int, str]]:
 
 
 def by_phase(traces: list[dict]) -> dict[str, torch.Tensor]:
-    """{"prompt" and "answer": the gates (G, tokens) of all their tokens}."""
+    """{"prompt" (prefill) and "answer" (decode): the gates (G, tokens) of all their tokens}."""
     return {"prompt": torch.cat([trace["gates"][:, :trace["prompt"]] for trace in traces], dim=1),
             "answer": torch.cat([trace["gates"][:, trace["prompt"]:] for trace in traces], dim=1)}
 
 
+def means_by(keys: list, values: list[float]) -> dict:
+    """{key: the mean of its values}."""
+    return {key: float(np.mean([value for own, value in zip(keys, values) if own == key]))
+            for key in dict.fromkeys(keys)}
+
+
 def gate_numbers(traces: list[dict], names: list[str]) -> dict:
-    """What the gates do, in numbers: of prompt tokens (prefill) and of generated ones (decode), the mean gate over all,
-    by projection and by layer, the shares near closed and near open, and the mean entropy in bits (at most 1)."""
-    places = layer_and_projection(names)
+    """What the gates do, in numbers: for each phase the mean gate over all, by projection and by layer, the shares near
+    closed and near open, and the mean entropy in bits (at most 1)."""
+    layers, projections = zip(*layer_and_projection(names))
     numbers = {"questions": len(traces), "cut": sum(trace["cut"] > 0 for trace in traces)}
     for phase, g in by_phase(traces).items():
         if g.shape[1] == 0:
             numbers[phase] = {"tokens": 0}
             continue
-        each = g.mean(1).tolist()
-        mean_of = lambda chosen: float(np.mean([v for v, place in zip(each, places) if chosen in place]))  # noqa: E731
         bits = (torch.special.entr(g) + torch.special.entr(1 - g)) / math.log(2)
         numbers[phase] = {
             "tokens": g.shape[1], "mean": g.mean().item(), "below_0.05": (g < 0.05).float().mean().item(),
             "above_0.95": (g > 0.95).float().mean().item(), "entropy_bits": bits.mean().item(),
-            "projections": {name: mean_of(name) for name in dict.fromkeys(name for _, name in places)},
-            "layers": {layer: mean_of(layer) for layer in dict.fromkeys(layer for layer, _ in places)}}
+            "projections": means_by(projections, g.mean(1).tolist()), "layers": means_by(layers, g.mean(1).tolist())}
     return numbers
 
 
@@ -517,30 +556,23 @@ def write_gate_page(traces: list[dict], names: list[str], title: str, path: Path
 COLOURS = "#3b6ea8", "#d9622b"  # of prompt and answer
 
 
-def new_figure(rows: int, columns: int, height: float):
-    """A figure 8 inches wide. matplotlib is only imported by those who want pictures."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot.subplots(rows, columns, figsize=(8, height), layout="constrained", squeeze=False)
-
-
-def save_figure(figure, path: Path) -> None:
-    from matplotlib import pyplot
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def new_figure(rows: int, height: float):
+    """A figure 8 inches wide and its rows. matplotlib is only imported by those who want pictures."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(rows, squeeze=False)[:, 0]
 
 
 def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> list[str]:
     """gates-layers.png, gates-histogram.png and gates-position.png."""
-    places = layer_and_projection(names)
-    layers, projections = (list(dict.fromkeys(column)) for column in zip(*places))
     phases = [(f"{name}, {g.shape[1]:,} tokens", g, colour) for name, g, colour in zip(
         ("prompt (prefill)", "generated answer (decode)"), by_phase(traces).values(), COLOURS) if g.shape[1]]
 
-    figure, axes = new_figure(len(phases), 1, 2.2 * len(phases) + 0.4)
-    for axis, (phase, g, _) in zip(axes[:, 0], phases):
+    # the mean gate of each layer and projection
+    places = layer_and_projection(names)
+    layers, projections = (list(dict.fromkeys(column)) for column in zip(*places))
+    figure, axes = new_figure(len(phases), 2.2 * len(phases) + 0.4)
+    for axis, (phase, g, _) in zip(axes, phases):
         grid = np.full((len(projections), len(layers)), np.nan)
         for (layer, projection), value in zip(places, g.mean(1).tolist()):
             grid[projections.index(projection), layers.index(layer)] = value
@@ -548,38 +580,40 @@ def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> l
         axis.set(title=f"{phase}: mean gate {g.mean():.2f}", yticks=range(len(projections)), yticklabels=projections)
         step = max(1, len(layers) // 15)
         axis.set_xticks(range(0, len(layers), step), layers[::step])
-    axes[-1, 0].set_xlabel("layer")
+    axes[-1].set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="mean gate (0 closed, 1 open)")
     figure.suptitle(title)
-    save_figure(figure, out / "gates-layers.png")
+    figure.savefig(out / "gates-layers.png")
 
-    figure, axes = new_figure(1, 1, 3.6)
+    # how often a gate has which value
+    figure, (axis,) = new_figure(1, 3.6)
     for phase, g, colour in phases:
         share, edges = np.histogram(g.numpy(), bins=40, range=(0, 1))
         near = f"{100 * (g < 0.05).float().mean():.1f} % below 0.05, {100 * (g > 0.95).float().mean():.1f} % above 0.95"
-        axes[0, 0].stairs(100 * share / g.numel(), edges, color=colour, fill=True, alpha=0.25)
-        axes[0, 0].stairs(100 * share / g.numel(), edges, color=colour, label=f"{phase}\n{near}")
-    axes[0, 0].set(title=title, xlabel="gate", ylabel="% of gates, bins of 0.025", xlim=(0, 1))
-    axes[0, 0].legend(fontsize=8)
-    save_figure(figure, out / "gates-histogram.png")
+        axis.stairs(100 * share / g.numel(), edges, color=colour, fill=True, alpha=0.25)
+        axis.stairs(100 * share / g.numel(), edges, color=colour, label=f"{phase}\n{near}")
+    axis.set(title=title, xlabel="gate", ylabel="% of gates, bins of 0.025", xlim=(0, 1))
+    axis.legend(fontsize=8)
+    figure.savefig(out / "gates-histogram.png")
 
-    figure, axes = new_figure(1, 1, 3.6)
-    by_place = {}                                            # tokens from the answer's first -> gates of each question
+    # gates token by token, before and after the answer starts
+    by_position = {}  # {position, counted from the answer's first token: the gates (G,) of each question there}
     for trace in traces:
-        for t, gates in enumerate(trace["gates"].t()):
-            by_place.setdefault(t - trace["prompt"], []).append(gates)
-    enough = sorted(place for place, several in by_place.items() if len(several) >= max(2, len(traces) // 4))
-    middle, low, high = np.array([[g.mean().item(), *g.flatten().quantile(torch.tensor([0.1, 0.9])).tolist()]
-                                  for g in (torch.stack(by_place[place]) for place in enough)]).reshape(-1, 3).T
-    axes[0, 0].fill_between(enough, low, high, color=COLOURS[0], alpha=0.2, label="10 % to 90 % of all gates")
-    axes[0, 0].plot(enough, middle, color=COLOURS[0], marker=".", label="mean over gates and questions")
-    axes[0, 0].axvline(-0.5, color="black", linestyle="--", linewidth=1)
-    axes[0, 0].text(-0.8, 0.02, "prefill (prompt)", ha="right")
-    axes[0, 0].text(-0.2, 0.02, "decode (answer)", ha="left")
-    axes[0, 0].set(title=title, ylim=(0, 1), ylabel="gate",
-                   xlabel="token, counted from the answer's first (where a quarter of the questions have one)")
-    axes[0, 0].legend(fontsize=8)
-    save_figure(figure, out / "gates-position.png")
+        for t, gates in enumerate(trace["gates"].t().numpy()):
+            by_position.setdefault(t - trace["prompt"], []).append(gates)
+    positions = sorted(t for t, gates in by_position.items() if len(gates) >= max(2, len(traces) // 4))
+    low, high = [[np.quantile(by_position[t], q) for t in positions] for q in (0.1, 0.9)]
+    figure, (axis,) = new_figure(1, 3.6)
+    axis.fill_between(positions, low, high, color=COLOURS[0], alpha=0.2, label="10 % to 90 % of all gates")
+    axis.plot(positions, [np.mean(by_position[t]) for t in positions], color=COLOURS[0], marker=".",
+              label="mean over gates and questions")
+    axis.axvline(-0.5, color="black", linestyle="--", linewidth=1)
+    axis.text(-0.8, 0.02, "prefill (prompt)", ha="right")
+    axis.text(-0.2, 0.02, "decode (answer)", ha="left")
+    axis.set(title=title, ylim=(0, 1), ylabel="gate",
+             xlabel="token, counted from the answer's first (where a quarter of the questions have one)")
+    axis.legend(fontsize=8)
+    figure.savefig(out / "gates-position.png")
     return ["gates-layers.png", "gates-histogram.png", "gates-position.png"]
 
 
@@ -595,24 +629,26 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
     if not runs:
         return []
     gated = any("gate_prompt" in line for lines in runs.values() for line in lines)
-    figure, axes = new_figure(3 if gated else 1, 1, 6.6 if gated else 3.4)
-    loss, *others = axes[:, 0]
+    figure, (loss, *others) = new_figure(3 if gated else 1, 6.6 if gated else 3.4)
     for i, (name, lines) in enumerate(runs.items()):
-        pick = lambda key: zip(*((line["step"], line[key]) for line in lines if key in line))  # noqa: E731
-        loss.plot(*pick("loss"), color=f"C{i}", label=name[-50:], alpha=0.8)  # the end of a path tells most
-        if any("validation_loss" in line for line in lines):
-            loss.plot(*pick("validation_loss"), f"C{i}o")
+        def curve(key):
+            """Its steps and values."""
+            found = [line for line in lines if key in line]
+            return [line["step"] for line in found], np.array([line[key] for line in found])
+
+        loss.plot(*curve("loss"), color=f"C{i}", label=name[-50:], alpha=0.8)  # the end of a path tells most
+        loss.plot(*curve("validation_loss"), f"C{i}o")
         if any("gate_answer" in line for line in lines):
-            steps, entropy = pick("entropy")
-            others[0].plot(steps, np.array(entropy) / math.log(2), color=f"C{i}")
-            others[1].plot(*pick("gate_prompt"), color=f"C{i}")
-            others[1].plot(*pick("gate_answer"), color=f"C{i}", linestyle="--")
+            steps, entropy = curve("entropy")
+            others[0].plot(steps, entropy / math.log(2), color=f"C{i}")
+            others[1].plot(*curve("gate_prompt"), color=f"C{i}")
+            others[1].plot(*curve("gate_answer"), color=f"C{i}", linestyle="--")
     loss.set(ylabel="loss, nats a token\n(dots: validation)", xlabel="" if gated else "step")
     loss.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     if gated:
         others[0].set(ylabel="gate entropy, bits", ylim=(0, 1.02))
         others[1].set(ylabel="mean gate (solid: on\nprompts, dashed: answers)", ylim=(0, 1), xlabel="step")
-    save_figure(figure, path)
+    figure.savefig(path)
     return [path.name]
 
 
@@ -622,10 +658,11 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
     names = [name for name, layer in gated_layers(model).items() if layer.gate != "none"]
     if not names:
         raise UserError(f"{run}: its adapter has no gates to show")
-    traces = trace_gates(model, tokenizer, [r for several in records.values() for r in several], form, max_len)
-    numbers = gate_numbers(traces, names)
+    traces = {task: trace_gates(model, tokenizer, own, form, max_len) for task, own in records.items()}
     each = max(2, 16 // len(records))  # as many as one reads
-    shown = [trace for task in records for trace in [t for t in traces if t["task"] == task][:each]]
+    shown = [trace for own in traces.values() for trace in own[:each]]
+    traces = [trace for own in traces.values() for trace in own]
+    numbers = gate_numbers(traces, names)
     title = f"{run}: {model.adapter_config.method} with a {model.adapter_config.gate} gate on {model.name_or_path}"
     write_gate_page(shown, names, title, out / "gates.html")
     files = ["gates.html", *draw_gates(traces, names, title, out),
@@ -668,34 +705,43 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
     if (cut := len(ids) + len(first) - max_len) > 0:
         print(f"the prompt is longer than {max_len} tokens and lost its first {cut}")
     ids = first + ids[max(0, cut):]
-    gated = any(layer.gate != "none" for layer in gated_layers(model).values())
-    if gated:
-        print("mean gate: " + (" ".join(paint(f" {(i + 0.5) / len(RAMP):.1f} ", (i + 0.5) / len(RAMP), True)
-                                        for i in range(len(RAMP))) if colour else "in brackets after each token"))
+    layers = gated_layers(model).values()
+    if any(layer.gate != "none" for layer in layers):
+        steps = [(i + 0.5) / len(RAMP) for i in range(len(RAMP))]
+        legend = " ".join(paint(f" {gate:.1f} ", gate, colour) for gate in steps)
+        print("mean gate: " + (legend if colour else "in brackets after each token"))
+    if not layers:
+        return {"the base": stream_answer(model, tokenizer, ids, "the base", colour)}
     answers = {}
-    for title, off in (("with the adapter", False), ("without the adapter (the base)", True)):
-        if not gated_layers(model):
-            title = "the base"
-        print(f"--- {title} ---")
-        decoder, answer = codecs.getincrementaldecoder("utf-8")("replace"), []
-        with adapters_off(model) if off else cached_products(model):
-            for step, (read, gates) in enumerate(decode(model, ids, NEW_TOKENS, tokenizer.eos)):
-                means = [None] * len(read) if gates is None else gates.mean(0).tolist()
-                for token, gate in zip(read, means):
-                    text = decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
-                    print(paint(text, gate, colour), end="", flush=True)
-                if step == 0:
-                    print(" >>>", end="", flush=True)  # the answer starts
-                else:
-                    answer += read
-        print(decoder.decode(b"", True))
-        answers[title] = tokenizer.decode(answer)
-        if not gated_layers(model):
-            break
+    for title, way in (("with the adapter", cached_products), ("without the adapter (the base)", adapters_off)):
+        with way(model):
+            answers[title] = stream_answer(model, tokenizer, ids, title, colour)
     return answers
 
 
-# ------------------------------------------------------------------------------------------------ machine
+def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) -> str:
+    """Prints the prompt `ids` and, token by token, the model's answer, which it returns."""
+    print(f"--- {title} ---")
+    decoder, answer = codecs.getincrementaldecoder("utf-8")("replace"), []
+    for step, (read, gates) in enumerate(decode(model, ids, NEW_TOKENS, tokenizer.eos)):
+        means = [None] * len(read) if gates is None else gates.mean(0).tolist()
+        for token, gate in zip(read, means):
+            text = decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
+            print(paint(text, gate, colour), end="", flush=True)
+        if step == 0:
+            print(" >>>", end="", flush=True)  # the answer starts
+        else:
+            answer += read
+    print(decoder.decode(b"", True))
+    return tokenizer.decode(answer)
+
+
+# -------------------------------------------------------------------------------------- machine and flags
+
+def task_names(text: str) -> list[str]:
+    """What --tasks names: all, or some with commas between."""
+    return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
+
 
 def device_problems(name: str) -> list[str]:
     """What is wrong with --device, one text or none."""
@@ -710,14 +756,13 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
     compute in it, float16 on older ones."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if dtype == "bfloat16" and where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8:
+    old = where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "float16" if old else "bfloat16"
+    if dtype == "bfloat16" and old:
         raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
                         "float32")
-    if dtype != "auto":
-        return where, getattr(torch, dtype)
-    if where.type == "cpu":
-        return where, torch.float32
-    return where, torch.bfloat16 if torch.cuda.get_device_capability(where)[0] >= 8 else torch.float16
+    return where, getattr(torch, dtype)
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -752,43 +797,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def find_run(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """(The directory of the adapter, the run's config.json) of --run; what is wrong with them joins args.wrong."""
+    run = Path(args.run)
+    adapter = next((place for place in (run / args.adapter, run) if (place / "adapter.safetensors").exists()
+                    or (place / "adapter_config.json").exists()), None)  # the latter is peft's
+    # --run may also name one of a run's adapters
+    file = next((file for file in (run / "config.json", run.parent / "config.json") if file.exists()), None)
+    facts = read_json(file) if file else {}
+    settings, kinds = facts.get("config", {}), {"init": str, "tasks": str, "form": str, "max_len": int}
+    if not (isinstance(settings, dict)
+            and all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items())):
+        raise UserError(f"{file}: not the config.json of a run")
+    if not run.is_dir():
+        args.wrong.append(f"{run}: no such directory")
+    elif adapter is None:
+        last = "; last/ is there, of a run that has not ended: add --adapter last"
+        args.wrong.append(f"{run}: no adapter there; looked for {run / args.adapter}/adapter.safetensors"
+                          + (last if (run / "last" / "adapter.safetensors").exists() else ""))
+    elif not (args.init or settings.get("init")):
+        args.wrong.append(f"{run}: no config.json that names the base model; pass --init")
+    return adapter, facts
+
+
 def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
     """The tasks, the adapter's directory and the run's config.json; UserError with everything that is wrong."""
-    adapter, facts, wrong = None, {}, args.wrong
-    if args.run:
-        places = [Path(args.run) / args.adapter, Path(args.run)]
-        adapter = next((place for place in places if (place / "adapter.safetensors").exists()
-                        or (place / "adapter_config.json").exists()), None)  # the latter is peft's
-        configs = [place / "config.json" for place in (Path(args.run), Path(args.run).parent)]
-        configs = [path for path in configs if path.exists()]
-        facts = read_json(configs[0]) if configs else {}  # of the run, also for one of its adapters
-        run = facts.get("config", {})
-        kinds = {"init": str, "tasks": str, "form": str, "max_len": int}
-        if not (isinstance(run, dict) and all(isinstance(run.get(name, kind()), kind) for name, kind in kinds.items())):
-            raise UserError(f"{configs[0]}: not the config.json of a run")
-        if not Path(args.run).is_dir():
-            wrong.append(f"{args.run}: no such directory")
-        elif adapter is None:
-            last = "; last/ is there, of a run that has not ended: add --adapter last"
-            wrong.append(f"{args.run}: no adapter there; looked for {places[0]}/adapter.safetensors"
-                         + (last if (Path(args.run) / "last" / "adapter.safetensors").exists() else ""))
-        elif not (args.init or facts.get("config", {}).get("init")):
-            wrong.append(f"{args.run}: no config.json that names the base model; pass --init")
-    chosen = args.tasks or facts.get("config", {}).get("tasks", "all")
-    tasks = list(TASKS) if chosen == "all" else [task.strip() for task in chosen.split(",")]
+    adapter, facts = find_run(args) if args.run else (None, {})
+    tasks, wrong = task_names(args.tasks or facts.get("config", {}).get("tasks", "all")), args.wrong
     wrong += [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
-    wrong += [f"--tasks: {task} is named twice" for task in dict.fromkeys(tasks) if tasks.count(task) > 1]
-    wrong += [] if args.limit >= 0 else [f"--limit {args.limit}; expected 0 (all) or more"]
-    wrong += [] if args.beams >= 1 else [f"--beams {args.beams}; expected 1 or more"]
-    wrong += [] if args.max_len == 0 or args.max_len >= 16 else [f"--max-len {args.max_len}; expected 16 or more"]
+    wrong += [f"--tasks: {task} is named twice" for task, times in Counter(tasks).items() if times > 1]
+    if args.limit < 0:
+        wrong.append(f"--limit {args.limit}; expected 0 (all) or more")
+    if args.beams < 1:
+        wrong.append(f"--beams {args.beams}; expected 1 or more")
+    if args.max_len != 0 and args.max_len < 16:
+        wrong.append(f"--max-len {args.max_len}; expected 16 or more")
     if args.export and args.export[0] not in ("hf", "peft"):
         wrong.append(f"--export {args.export[0]}; expected hf or peft")
-    modes = [name for name in ("compare", "gates", "prompt", "export") if getattr(args, name) not in (None, False)]
-    wrong += [f"--{' and --'.join(modes)}: expected one of them"] if len(modes) > 1 else []
+    given = [name for name, value in vars(args).items() if value is not None and value is not False]
+    modes = [name for name in ("compare", "gates", "prompt", "export") if name in given]
+    if len(modes) > 1:
+        wrong.append(f"--{' and --'.join(modes)}: expected one of them")
     if not (args.run or args.init or args.compare):
         wrong.append("nothing to evaluate: pass --run DIRECTORY or --init MODEL")
-    elif (modes in (["gates"], ["export"]) or args.skip_closed is not None) and not args.run:
-        wrong.append(f"--{(modes or ['skip-closed'])[0]} needs --run DIRECTORY")
+    if args.init and not args.run:
+        wrong += [f"--{name.replace('_', '-')} needs --run DIRECTORY" for name in ("gates", "export", "skip_closed")
+                  if name in given]
     target = args.export[1] if args.export else args.out or args.run or "out"
     if modes != ["compare"] and (problem := unwritable(Path(target), empty=bool(args.export))):
         wrong.append(f"--{'export' if args.export else 'out'} {problem}")
@@ -808,45 +862,40 @@ def export(model: Transformer, base: str, layout: str, directory: str) -> dict:
     return {}
 
 
-def digest(records: list[dict]) -> str:
-    return hashlib.sha256("".join(json.dumps(record) + "\n" for record in records).encode()).hexdigest()
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     tasks, adapter, facts = check(args)
     if args.compare:
-        result, out = compare(args.compare, args), Path(args.out or "out/compare")
-        runs = [place for group in args.compare for place in group.split(",")]
-        drawn = draw_training({run: read_metrics(run) for run in runs}, out / "losses.png")
-        write_json(out / "compare.json", result)
-        print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
-        return result
+        return compare(args.compare, args, Path(args.out or "out/compare"))
 
-    run = facts.get("config", {})
-    base, form = args.init or run["init"], run.get("form", "cloze")
-    protocol = args.protocol or form
+    # What is asked for: by flags, else by the run's own settings.
+    settings = facts.get("config", {})
+    base, protocol = args.init or settings["init"], args.protocol or settings.get("form", "cloze")
+    form = protocol if protocol in FORMS else "label"  # of the prompts
     device, dtype = pick_device(args.device, args.dtype or ("float32" if args.export else "auto"))
-    extra = {} if args.data is None else {"out": Path(args.data)}
     limit = args.limit or (10 if args.gates else None)
     needed = [] if args.export or args.prompt is not None else tasks
-    records = {task: load_records(task, args.split, **extra)[:limit] for task in needed}
-    for record in (record for several in records.values() for record in several):
-        to_text(record, protocol if protocol in FORMS else "label")  # one without a text is refused before all else
+    records = {task: load_records(task, args.split, args.data or DEFAULT)[:limit] for task in needed}
+    for task in needed:
+        for record in records[task]:
+            to_text(record, form)  # one without a text is refused before all else
+
+    # The model
     tokenizer = load_tokenizer(base)
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
-    max_len = args.max_len or min(run.get("max_len", 512), model.config.max_len)
+    max_len = args.max_len or min(settings.get("max_len", 512), model.config.max_len)
     if max_len > model.config.max_len:
         raise UserError(f"--max-len {max_len} is longer than the base's context of {model.config.max_len}")
-    room = min(max_len, model.config.max_len - NEW_TOKENS)  # of a prompt that is answered in new tokens
+    room = prompt_room(model, max_len)
     if room < 16 and (protocol == "generate" or args.gates or args.prompt is not None):
         raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
-    # The start of each weight tells one base from another, at no cost.
+    # the start of each weight tells one base from another, at no cost
     base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
     if adapter is not None:
         load_adapter(model, adapter)
         if args.skip_closed is not None:
             set_skip_closed(model, args.skip_closed)
+
     if args.export:
         return export(model, base, *args.export)
     if args.prompt is not None:
@@ -854,12 +903,11 @@ def main(argv: list[str] | None = None) -> dict:
     name = args.adapter if args.run else Path(base).name.removesuffix(".gguf")
     out = Path(args.out) if args.out else Path(args.run or "out") / "eval" / results_name(args, name, protocol)
     if args.gates:
-        form = protocol if protocol in FORMS else "label"
         return show_gates(model, tokenizer, records, form, max_len, args, out)
 
     print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol}, {sum(map(len, records.values())):,} questions "
           f"({args.split})")
-    data = {task: digest(several) for task, several in records.items()}
+    data = {task: hashlib.sha256(json_lines(own).encode()).hexdigest() for task, own in records.items()}
     trained = {name: p.detach().cpu() for name, p in adapter_state(model).items()}
     configuration = {"base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
                      "adapter_sha256": checksum(trained) if trained else None, "protocol": protocol,
@@ -867,30 +915,10 @@ def main(argv: list[str] | None = None) -> dict:
                      "beams": args.beams if protocol == "generate" else None, "dtype": str(dtype),
                      "torch": torch.__version__}
     summary = {"configuration": configuration, "adapter": str(adapter) if adapter else None,
-               "settings": run | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
+               "settings": settings | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
                "python": platform.python_version(), "device": str(device), "data": data, "tasks": {}}
     with claimed(out):
-        earlier = earlier_predictions(out, configuration, data)
-        if (out / "results.json").exists():  # of the same thing: its other tasks stay
-            before = read_json(out / "results.json")
-            summary |= {name: before[name] | summary[name] for name in ("data", "tasks")}
-        write_json(out / "results.json", summary)
-        whole = "".join(json.dumps(p) + "\n" for several in earlier.values() for p in several)
-        write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
-        with open(out / "predictions.jsonl", "a") as file:
-            def keep(new: list[dict]):
-                file.write("".join(json.dumps(prediction) + "\n" for prediction in new))
-                file.flush()
-
-            for task in tasks:
-                if kept := earlier.get(task):
-                    print(f"{task}: {len(kept):,} predictions were already in {out}")
-                result = evaluate(model, tokenizer, records[task], protocol, max_len, beams=args.beams,
-                                  earlier=earlier.get(task, ()), keep=keep)
-                result.pop("predictions")
-                summary["tasks"][task] = result
-                summary["mean"] = mean_result(summary["tasks"], protocol)
-                write_json(out / "results.json", summary)
+        evaluate_tasks(model, tokenizer, records, summary, out)
     print(table(summary["tasks"], protocol))
     print(f"wrote {out}/results.json and predictions.jsonl")
     return summary

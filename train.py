@@ -10,8 +10,8 @@
 
 A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
 adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, by
-which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: interruptions and
-faults, several processes, the memory plan.
+which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: the command line,
+interruptions and faults, several processes, the memory plan.
 """
 import argparse
 import dataclasses
@@ -33,7 +33,6 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -44,12 +43,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from data.commonsense import FORMS, pack, training_question
+from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.download import Flags, UserError, claim, read_json, run_command, unwritable
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
-from eval import device_problems, evaluate, headline, log_likelihoods, pick_device
+from eval import (UNIMPORTANT, device_problems, evaluate, log_likelihoods, pick_device, quoted, task_names,
+                  write_json)
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
-                    inject_adapters, load_adapter, read_tensors, save_adapter, write_atomically, write_tensors)
+                    inject_adapters, load_adapter, read_tensors, save_adapter, write_tensors)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
 
 
@@ -77,20 +77,20 @@ class Config:
     tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
     form: str = "label"             # label (the papers' instruction) or cloze (the answer's own words)
     data: str = ""                  # directory of <task>/{train,test}.jsonl; default data/commonsense, made if need be
-    max_len: int = 512              # tokens of a question with its answer; longer prompts lose their start
+    max_len: int = 512              # tokens of a prompt with its answer; a longer prompt loses its start
     limit: int = 0                  # the first so many training records of each task; 0: all
     # optimisation
     lr: float = 1e-3                # peak learning rate of AdamW
     weight_decay: float = 0.0       # AdamW's
     batch: int = 32                 # records an optimiser step
-    micro_batch: int = 0            # records a forward, their gradients summed up to a batch; 0: the whole batch
+    micro_batch: int = 0            # records a forward, gradients add up to the batch's; 0: the whole batch
     epochs: int = 3                 # passes over the training records
     max_steps: int = 0              # stop after so many steps; 0: by epochs
     warmup: int = 100               # steps of linear warmup, before linear decay to 0
     clip: float = 1.0               # largest gradient norm; 0: no clipping
     seed: int = 1337                # of the adapter's start, the data's order and dropout
     # validation and logging
-    validation: int = 120           # rows of the tasks' held-out slices that pick best/ (see eval.py --split val)
+    validation: int = 120           # held-out records (of those that eval.py --split val scores) that pick best/
     eval_every: int = 200           # steps between validations
     log_every: int = 10             # steps between progress lines
     save_every: int = 100           # steps between checkpoints, from which --resume goes on
@@ -110,103 +110,7 @@ PRESETS = {
     "quickstart": dict(init="smollm2-135m", tasks="ARC-Easy", form="cloze", lr=1e-2, batch=16, max_steps=40, warmup=4,
                        validation=40, eval_every=20, log_every=2, test=200),
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What --resume may set anew: it changes no step but by rounding, or only how many there are. (With --dropout,
-# --micro-batch changes the masks; --data has to hold the same records.)
-MAY_CHANGE = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "eval_every", "log_every", "save_every",
-              "test", "device", "compile", "checkpointing", "fsdp", "plan")
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
-
-
-def parse(argv: list[str]) -> Config:
-    """Flags -> Config. UserError lists everything that is wrong with them at once."""
-    # every field of Config ends in a comment, which is its help
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = Flags(description=__doc__)
-    config_fields = dataclasses.fields(Config)
-    for field in config_fields:
-        flag, text = "--" + field.name.replace("_", "-"), f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag, type=field.type, metavar=field.type.__name__.upper(), help=text)
-    known = parser.parse_args(argv)
-    wrong, given = known.wrong, {f.name: value for f in config_fields if (value := getattr(known, f.name)) is not None}
-    preset = given.get("preset", "")
-    if preset and preset not in PRESETS:
-        wrong.append(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    recorded = recorded_config(Path(given["resume"])) if given.get("resume") else {}
-    wrong += [f"--{name.replace('_', '-')} {given[name]}: the run to resume has {value}"
-              for name, value in recorded.items() if name not in MAY_CHANGE and given.get(name, value) != value]
-    config = Config(**(PRESETS.get(preset, {}) | recorded | given))
-    if config.resume:
-        wrong += [f"--out {config.out}: a run is resumed where it is"] if "out" in given else []
-        config.out = config.resume
-    config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
-    base = Path(config.init).name.removesuffix(".gguf")
-    config.out = config.out or f"out/{preset or f'{base}-{config.peft}-{config.gate}'}"
-    wrong += check(config)
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return config
-
-
-def check(c: Config) -> list[str]:
-    """What is wrong with the values, one text each."""
-    tasks = task_names(c)
-    unknown = [task for task in tasks if task not in TASKS]
-    rules = [
-        (c.peft in (*METHODS, "gatera"), f"--peft {c.peft}: expected one of {', '.join((*METHODS, 'gatera'))}"),
-        (c.peft != "gatera" or c.gate == "token",
-         f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
-        (c.form in FORMS, f"--form {c.form}: expected one of {', '.join(FORMS)}"),
-        (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
-        (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
-        (c.dtype in DTYPES, f"--dtype {c.dtype}: expected one of {', '.join(DTYPES)}"),
-        (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
-        (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
-        (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
-        (not c.max_steps or c.warmup < c.max_steps,
-         f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
-        (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
-        (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
-        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
-    ]
-    least = dict.fromkeys(("batch", "epochs", "eval_every", "log_every", "save_every"), 1) | dict.fromkeys(
-        ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
-         "validation", "test"), 0)
-    rules += [(low <= getattr(c, name) < math.inf,
-               f"--{name.replace('_', '-')} {getattr(c, name)}: expected a finite number, {low} or more")
-              for name, low in least.items()]
-    wrong = [message for fine, message in rules if not fine] + device_problems(c.device) + out_problems(Path(c.out))
-    if c.peft in (*METHODS, "gatera"):
-        try:
-            adapter_config(c)
-        except UserError as error:
-            wrong.append(str(error))
-    return wrong
-
-
-def out_problems(out: Path) -> list[str]:
-    """A run may replace an earlier run, which is moved aside, but nothing else that is already there."""
-    if problem := unwritable(out):
-        return [f"--out {problem}"]
-    if out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
-        return [f"--out {out}: the directory holds other things than a run; expected a new or empty one"]
-    return []
-
-
-def recorded_config(out: Path) -> dict:
-    """The settings of the run in `out`. Its dtype is no longer "auto": what that meant, it has to mean again."""
-    facts = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    if not {"config", "dtype", "steps", "data_sha256"} <= set(facts):
-        raise UserError(f"--resume {out}: there is no run; expected a directory with the config.json of one")
-    known = {field.name for field in dataclasses.fields(Config)}
-    return {k: v for k, v in facts["config"].items() if k in known} | {"dtype": facts["dtype"].removeprefix("torch.")}
-
-
-def task_names(c: Config) -> list[str]:
-    return list(TASKS) if c.tasks == "all" else [task.strip() for task in c.tasks.split(",")]
 
 
 def adapter_config(c: Config) -> AdapterConfig:
@@ -218,25 +122,27 @@ def adapter_config(c: Config) -> AdapterConfig:
 # ------------------------------------------------------------------------------------------------- data
 
 def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
-    """(training, validation, test) records: the tasks' training sets as one list, and test questions by task. Rows of
-    the tasks' val slices (data/prepare.py) validate; none of them, nor a twin of one, is ever trained on."""
+    """(training, validation, test) records: the tasks' training sets without what data/prepare.py holds out of them,
+    as many of the held-out records as --validation wants, and test records by task."""
+    tasks, data = task_names(c.tasks), c.data or DEFAULT
     if not c.data:
-        prepare(task_names(c), ("train", "test") if c.test else ("train",))
-    training, val = [], []
-    for task in task_names(c):
-        kept, held_out = hold_out(load_records(task, "train", c.data or DEFAULT))
+        prepare(tasks, ("train", "test") if c.test else ("train",))
+    training, held_out = [], []
+    for task in tasks:
+        kept, val = hold_out(load_records(task, "train", data))
         training += kept[:c.limit or None]
-        val += held_out
-    test = {task: load_records(task, "test", c.data or DEFAULT)[:c.test] for task in task_names(c)} if c.test else {}
+        held_out += val
+    test = {task: load_records(task, "test", data)[:c.test] for task in tasks} if c.test else {}
     if not training:
-        raise UserError(f"{len(val)} training records leave none beside those held out for validation")
-    if len(val) < c.validation:
-        raise UserError(f"--validation {c.validation}: only {len(val)} records are held out of these tasks' training "
-                        "sets (a tenth, at most 200 a task); expected no more")
+        raise UserError(f"{len(held_out)} training records leave none beside those held out for validation")
+    if len(held_out) < c.validation:
+        raise UserError(f"--validation {c.validation}: only {len(held_out)} records are held out of these tasks' "
+                        "training sets (a tenth, at most 200 a task); expected no more")
     if repeated := count_repeated(training):
         print(f"{repeated:,} records occur more than once in the training data")
-    # drawn with a seed of its own: runs with different seeds are validated on the same rows
-    return training, [val[i] for i in sorted(random.Random(0).sample(range(len(val)), c.validation))], test
+    # drawn with a seed of its own: runs with different seeds are validated on the same records
+    chosen = random.Random(0).sample(range(len(held_out)), c.validation)
+    return training, [held_out[i] for i in sorted(chosen)], test
 
 
 def batches(n: int, c: Config):
@@ -244,7 +150,32 @@ def batches(n: int, c: Config):
     for epoch in itertools.count():
         order = list(range(n))
         random.Random(f"{c.seed} {epoch}").shuffle(order)
-        yield from (order[i:i + c.batch] for i in range(0, n, c.batch))
+        for i in range(0, n, c.batch):
+            yield order[i:i + c.batch]
+
+
+class Batch(NamedTuple):
+    """What one optimiser step learns from. Counts are of the whole batch, also where processes share it."""
+    numbers: list[int]                 # of its records
+    rows: list[tuple[Packed, bool]]    # this process's micro-batches, each one packed row; False: one that weighs 0
+    n_answer: int                      # answer tokens: those that are predicted
+    n_token: int                       # tokens read, prompt and answer
+    cut: int                           # prompts that lost their start
+
+
+def load_batches(records: list[dict], encode, c: Config, team: "Team", first: int, steps: int):
+    """The Batches of the steps from `first` on. encode: record -> Question, batch by batch since it is quicker than a
+    step."""
+    size = c.micro_batch or math.ceil(c.batch / team.size)
+    for numbers in itertools.islice(batches(len(records), c), first, steps):
+        questions = [encode(records[i]) for i in numbers]
+        # This process's share. All processes need as many rows, since with --fsdp they make forwards together: one
+        # that has no question left takes any, and weighs it 0.
+        share, longest = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
+        rows = [(pack(share[i:i + size] or questions[:1]), i < len(share)) for i in range(0, longest, size)]
+        yield Batch(numbers, rows, n_answer=sum(len(q.answers[0]) for q in questions),
+                    n_token=sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions),  # the last is not read
+                    cut=sum(q.cut > 0 for q in questions))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -264,19 +195,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 def mean_gates(model, is_answer: torch.Tensor) -> dict[str, float]:
-    """Mean gate on prompt and on answer tokens in the last forward; is_answer (1, N)."""
+    """Mean gate on prompt and on answer tokens in the last forward, {} without gates; is_answer (1, N)."""
     gates = gate_values(model)
     if not gates:
         return {}
-    mean = torch.stack(list(gates.values())).float().mean(0)  # (1, N)
-    phases = {"gate_prompt": mean[~is_answer], "gate_answer": mean[is_answer]}
-    return {name: values.mean().item() for name, values in phases.items() if len(values)}
+    mean = torch.stack(list(gates.values())).float().mean(0)                    # over layers: (1, N)
+    parts = {"gate_prompt": mean[~is_answer], "gate_answer": mean[is_answer]}
+    return {name: part.mean().item() for name, part in parts.items() if len(part)}
 
 
 def validation_loss(model, questions, autocast) -> float:
     """Mean cross entropy of an answer token, in nats."""
     model.eval()
-    with autocast():
+    with autocast:
         total = -sum(scores[0] for scores in log_likelihoods(model, questions))
     model.train()
     return total / sum(len(question.answers[0]) for question in questions)
@@ -298,7 +229,270 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
-# --------------------------------------------------------------------------------------------------- main
+def scores_before_and_after(model, tokenizer, test_records: dict[str, list[dict]], c: Config, quiet: bool) -> dict:
+    """{task: {"acc" and "acc_norm": {"before", "after" training}}}, in percent."""
+    scores, name = {}, quoted(c.form)
+    for task, records in test_records.items():
+        print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
+        with adapters_off(model):  # the frozen base is what it was
+            before = evaluate(model, tokenizer, records, c.form, c.max_len, quiet)
+        after = evaluate(model, tokenizer, records, c.form, c.max_len, quiet)
+        scores[task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
+        print(f"{task}: {name} on {len(records)} held-out test questions {before[name]:.1f} % before, "
+              f"{after[name]:.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Signals") -> dict:
+    """One run, from the records to best/ and last/; `main` calls it. Alone, this process is a team of one."""
+    device, out, started = team.device, run.out, time.time()
+
+    # Tokenizer and records.
+    if team.rank > 0:
+        team.wait()  # for the first process, which downloads what is not there yet
+    tokenizer = load_tokenizer(c.init)
+    if tokenizer.eos is None:
+        raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
+    train_records, validation_records, test_records = load_data(c)
+    if team.rank == 0:
+        team.wait()  # everything is there: the others may go on
+
+    def encode(record: dict) -> Question:
+        return training_question(record, c.form, tokenizer, c.max_len)
+
+    validation = [encode(record) for record in validation_records]
+
+    # The frozen base. With --fsdp first on the CPU, where all processes share one mapped file; Team.shard then moves it
+    # block by block.
+    model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else device)
+    model.gradient_checkpointing = c.checkpointing
+    if c.max_len > model.config.max_len:
+        raise UserError(f"--max-len {c.max_len} is longer than the base's context of {model.config.max_len}")
+    n_base = sum(p.numel() for p in model.parameters())
+
+    # The adapters, which alone are trained.
+    torch.manual_seed(c.seed)
+    inject_adapters(model, adapter_config(c))
+    trainable = adapter_state(model)
+    n_trainable = sum(p.numel() for p in trainable.values())
+    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
+          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {device.type}, "
+          f"{str(dtype).removeprefix('torch.')}" + (f"; {team.size} processes" if team.size > 1 else ""))
+    if c.fsdp:
+        team.shard(model)
+    if c.compile:
+        compile_blocks(model)
+    model.train()
+
+    gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
+    others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
+    groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]  # see learning_rate
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # does nothing for the other dtypes
+
+    steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
+    if c.warmup >= steps:
+        raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
+    print(f"{len(train_records):,} training and {len(validation)} validation records of "
+          f"{', '.join(task_names(c.tasks))}, {c.form} form; loss on the answer alone; {steps} steps of {c.batch}; "
+          f"writing to {out}")
+
+    # config.json, and the first line of metrics.jsonl
+    digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
+    facts = {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
+             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable, "data_sha256": digest,
+             "processes": team.size, "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
+             "python": platform.python_version()}
+    saved = run.begin(facts, c, model, optimizer, scaler)
+    first, best, cut = saved["step"], saved["best"], saved["cut"]  # lowest validation loss; prompts cut
+    started -= saved["seconds"]
+
+    # ------------------------------------------------------------------------------------------- the loop
+    data = load_batches(train_records, encode, c, team, first, steps)
+    upcoming = next(data, None)
+    tokens, since, logged = 0, time.time(), first - 1  # since the last progress line: tokens, its time, its step
+    caught = 0  # signals to stop
+    signals.catch()
+    for step in range(first, steps):
+        batch = upcoming
+        # Dropout depends on seed, step and process alone, so that it is the same after a --resume.
+        torch.manual_seed(random.Random(f"{c.seed} {step} {team.rank}").getrandbits(63))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, steps, c)
+
+        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into rows. L_task is over
+        # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
+        loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far
+        for row, weight in batch.rows:
+            row = row.to(device)
+            with autocast:
+                logits = model(row.ids, documents=row.documents, select=row.select)                  # (M, V)
+                l_task = F.cross_entropy(logits.float(), row.targets, reduction="sum") * weight / batch.n_answer
+                l_ent = gate_entropy(model) * (weight * row.ids.numel() / batch.n_token)
+            scaler.scale(l_task + c.entropy_weight * l_ent).backward()
+            loss, entropy = loss + l_task.detach(), entropy + l_ent.detach()
+        # Over all processes; a signal to one of them stops all.
+        sums = torch.stack([loss, entropy, loss.new_full((), len(signals.caught))])
+        loss, entropy, caught = team.add_up(trainable.values(), sums)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
+        scaler.step(optimizer)  # leaves out a step whose gradients overflowed float16
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        tokens, cut = tokens + batch.n_token, cut + batch.cut
+        upcoming = next(data, None)  # while a GPU still computes; then the one wait for it (--skip-closed has more)
+        loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # float16: its scale halves, training goes on
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
+            raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
+                            f"float32; the batch was {where(batch.numbers, train_records, c)}; {run.advice()}")
+
+        is_last = step == steps - 1
+        if step % c.log_every == 0 or is_last:
+            now = time.time()
+            line = {"step": step, "loss": loss, "entropy": entropy, **mean_gates(model, row.is_answer),  # last row's
+                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None,
+                    "tokens_per_s": tokens / (now - since), "memory_gib": peak_memory(device)}
+            left = (steps - 1 - step) * (now - since) / (step - logged)
+            tokens, since, logged = 0, now, step
+            run.record(line)
+            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
+        if validation and ((step + 1) % c.eval_every == 0 or is_last):
+            paused = time.time()
+            value = validation_loss(model, validation, autocast)  # the same on every process
+            if not math.isfinite(value):
+                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32; "
+                                f"{run.advice()}")
+            run.record({"step": step, "validation_loss": value})
+            print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
+            if value < best:
+                best = value
+                run.save_best(model)
+            since += time.time() - paused
+        if caught or is_last or (step + 1) % c.save_every == 0:
+            run.save(step + 1, model, optimizer, best=best, cut=cut, scaler=scaler.state_dict(),
+                     seconds=time.time() - started)
+        if caught:
+            team.wait()  # until all are here
+            break
+    # ----------------------------------------------------------------------------------- the end of the loop
+    if caught or signals.caught:
+        print(f"interrupted; {run.advice()}")
+        sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
+    signals.release()
+    if validation:
+        team.wait()
+        load_adapter(model, out / "best")
+    else:
+        run.save_best(model)
+    if cut:
+        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
+    results = {"steps": steps, "best_validation_loss": best if validation else None, "seconds": time.time() - started,
+               "tasks": scores_before_and_after(model, tokenizer, test_records, c, quiet=team.rank > 0)}
+    run.write("training.json", results)
+    print(f"saved {out}/best and {out}/last in {clock(results['seconds'])}; score it on all questions with: "
+          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return results
+
+
+# ======================================================================= what a first reading can leave out
+
+# ---------------------------------------------------------------------------------------- the command line
+
+CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "form": FORMS,
+           "dtype": ("auto", "float32", "bfloat16", "float16")}
+# What --resume may set anew. (With --dropout, --micro-batch changes the masks; --data has to hold the same records.)
+MAY_CHANGE = (*UNIMPORTANT, "eval_every")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str]) -> Config:
+    """Flags -> Config. UserError lists everything that is wrong with them at once."""
+    # every field of Config ends in a comment, which is its help
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    parser = Flags(description=__doc__)
+    for field in dataclasses.fields(Config):
+        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag(field.name), type=field.type, choices=CHOICES.get(field.name), help=text,
+                                metavar=field.type.__name__.upper())
+    values = vars(parser.parse_args(argv))
+    wrong = values.pop("wrong")
+    given = {name: value for name, value in values.items() if value is not None}
+    recorded = recorded_config(Path(given["resume"])) if "resume" in given else {}
+    wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
+              if name not in MAY_CHANGE and given.get(name, value) != value]
+    if recorded and "out" in given:
+        wrong.append(f"--out {given['out']}: a run is resumed where it is")
+    config = Config(**(PRESETS.get(given.get("preset"), {}) | recorded | given))
+    config.gate = config.gate or ("token" if config.peft == "gatera" else "none")
+    if config.resume:
+        config.out = config.resume
+    elif not config.out:
+        base = Path(config.init).name.removesuffix(".gguf")
+        config.out = f"out/{config.preset or f'{base}-{config.peft}-{config.gate}'}"
+    wrong += check(config)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return config
+
+
+def check(c: Config) -> list[str]:
+    """What is wrong with the values, one text each."""
+    tasks, out = task_names(c.tasks), Path(c.out)
+    unknown = [task for task in tasks if task not in TASKS]
+    rules = [
+        (c.peft != "gatera" or c.gate == "token",
+         f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
+        (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
+        (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
+        (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
+        (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
+        (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
+        (not c.max_steps or c.warmup < c.max_steps,
+         f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
+        (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
+        (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
+        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
+    ]
+    least = {1: ("batch", "epochs", "eval_every", "log_every", "save_every"),
+             0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
+                 "validation", "test")}
+    rules += [(low <= getattr(c, name) < math.inf,
+               f"{flag(name)} {getattr(c, name)}: expected a finite number, {low} or more")
+              for low, names in least.items() for name in names]
+    wrong = [message for fine, message in rules if not fine] + device_problems(c.device)
+    if problem := unwritable(out):
+        wrong.append(f"--out {problem}")
+    # A run may replace an earlier run, which is moved aside, but nothing else that is already there.
+    elif out.is_dir() and any(out.iterdir()) and not (out / "metrics.jsonl").exists() or out.resolve() == Path.cwd():
+        wrong.append(f"--out {out}: the directory holds other things than a run; expected a new or empty one")
+    try:
+        adapter_config(c)
+    except UserError as error:
+        wrong.append(str(error))
+    return wrong
+
+
+def recorded_config(out: Path) -> dict:
+    """The settings of the run in `out`. Its dtype is no longer "auto": what that meant, it has to mean again."""
+    facts = read_json(out / "config.json") if (out / "config.json").exists() else {}
+    if not {"config", "dtype", "steps", "data_sha256"} <= set(facts):
+        raise UserError(f"--resume {out}: there is no run; expected a directory with the config.json of one")
+    known = {field.name for field in dataclasses.fields(Config)}
+    settings = {name: value for name, value in facts["config"].items() if name in known}
+    return settings | {"dtype": facts["dtype"].removeprefix("torch.")}
+
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
@@ -319,205 +513,8 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(text) from error
     finally:
         signals.release()
-        with suppress(OSError):  # on a full disk, the line that could not be written would raise once more
-            run.metrics and run.metrics.close()
+        run.close()
 
-
-def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Signals") -> dict:
-    device, out, started = team.device, run.out, time.time()
-
-    # Data -> tokens happens batch by batch in the loop: tiktoken is quicker than a training step.
-    if team.rank > 0:
-        team.wait()  # for the first process, which downloads what is not there yet
-    tokenizer = load_tokenizer(c.init)
-    if tokenizer.eos is None:
-        raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
-    train_records, validation_records, test_records = load_data(c)
-    encode = lambda record: training_question(record, c.form, tokenizer, c.max_len)  # noqa: E731
-    validation = [encode(record) for record in validation_records]
-    if team.rank == 0:
-        team.wait()  # everything is there: the others may go on
-
-    # With --fsdp first on the CPU, where all processes share one mapped file; Team.shard then moves it block by block.
-    model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else device)
-    model.gradient_checkpointing = c.checkpointing
-    if c.max_len > model.config.max_len:
-        raise UserError(f"--max-len {c.max_len} is longer than the base's context of {model.config.max_len}")
-    n_base = sum(p.numel() for p in model.parameters())
-
-    torch.manual_seed(c.seed)
-    inject_adapters(model, adapter_config(c))
-    trainable = adapter_state(model)
-    n_trainable = sum(p.numel() for p in trainable.values())
-    portion = 100 * n_trainable / (n_base + n_trainable)
-    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{portion:.4f} % of all; {device.type}, {str(dtype).removeprefix('torch.')}"
-          + (f"; {team.size} processes" if team.size > 1 else ""))
-
-    if c.fsdp:
-        team.shard(model)
-
-    is_gate = lambda name: name.endswith(("w_g", "b_g"))  # noqa: E731
-    groups = [{"params": [p for name, p in trainable.items() if is_gate(name) == gate], "lr": lr, "peak": lr}
-              for gate, lr in ((False, c.lr), (True, c.gate_lr or c.lr))]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)  # noqa: E731
-    if c.compile:
-        compile_blocks(model)
-    model.train()
-
-    steps = c.max_steps or c.epochs * math.ceil(len(train_records) / c.batch)
-    if c.warmup >= steps:
-        raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    print(f"{len(train_records):,} training and {len(validation)} validation records of {', '.join(task_names(c))}, "
-          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {out}")
-
-    digest = hashlib.sha256(json.dumps([train_records, validation_records]).encode()).hexdigest()
-    facts = {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
-             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable, "data_sha256": digest,
-             "processes": team.size, "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
-             "python": platform.python_version()}
-    first, best, cut = 0, math.inf, 0  # step; lowest validation loss; prompts that were too long
-    earlier_seconds = 0.0
-    run.start(bool(c.resume))
-    if c.resume and (saved := run.load(model, optimizer)):
-        first, best, cut = saved["step"], saved["best"], saved["cut"]
-        earlier_seconds = saved["seconds"]
-        scaler.load_state_dict(saved["scaler"])
-        earlier = read_json(out / "config.json")
-        if earlier["data_sha256"] != digest:
-            raise UserError(f"--resume {out}: the training or validation records have changed since the run began")
-        if first > steps:
-            raise UserError(f"--resume {out}: {first} steps are done already, more than the {steps} wanted")
-        run.truncate(saved["metrics"])  # lines of steps that were not saved come again
-        print(f"going on after {first} of {steps} steps")
-        if earlier["steps"] != steps:
-            now, before = (c.lr * learning_rate(first, n, c) for n in (steps, earlier["steps"]))
-            print(f"the run had {earlier['steps']} steps: its learning rate goes on at {now:.2e} instead of "
-                  f"{before:.2e} and decays to 0 at step {steps}")
-    else:
-        if c.resume:
-            print("nothing was saved yet: starting over")
-        run.truncate(0)
-        run.record(facts)
-    run.write("config.json", facts)
-
-    # ------------------------------------------------------------------------------------------- the loop
-    order = itertools.islice(batches(len(train_records), c), first, steps)
-    size = c.micro_batch or math.ceil(c.batch / team.size)
-
-    def next_batch() -> SimpleNamespace:
-        """A batch's records as this process's micro-batches, and what the whole batch counts."""
-        numbers = next(order, [])
-        questions = [encode(train_records[i]) for i in numbers]
-        own, most = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
-        # As many forwards on every process, since --fsdp makes them together; a share with no record left for one takes
-        # any, and weighs it 0.
-        micro = [(pack(own[i:i + size] or questions[:1]), i < len(own)) for i in range(0, most, size)]
-        return SimpleNamespace(numbers=numbers, micro=micro, n_answer=sum(len(q.answers[0]) for q in questions),
-                               n_token=sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions),
-                               cut=sum(q.cut > 0 for q in questions))
-
-    tokens_since, clock_since, logged = 0, time.time(), first - 1     # of the present progress line
-    signals.catch()
-    ready = next_batch()
-    for step in range(first, steps):
-        # Dropout depends on seed, step and process alone, so that it is the same after a --resume.
-        torch.manual_seed(random.Random(f"{c.seed} {step} {team.rank}").getrandbits(63))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, steps, c)
-
-        # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into micro-batches. L_task
-        # is over the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
-        data, loss, entropy = ready, 0.0, 0.0
-        for batch, weight in data.micro:
-            batch = batch.to(device)
-            with autocast():
-                logits = model(batch.ids, documents=batch.documents, select=batch.select)             # (M, V)
-                task = F.cross_entropy(logits.float(), batch.targets, reduction="sum") * weight / data.n_answer
-                uncertainty = gate_entropy(model) * (weight * batch.ids.numel() / data.n_token)  # its share
-            scaler.scale(task + c.entropy_weight * uncertainty).backward()
-            loss, entropy = loss + task.detach(), entropy + uncertainty.detach()
-        sums = torch.stack([loss, entropy, loss.new_full((), len(signals.caught))])
-        loss, entropy, caught = team.add_up(trainable.values(), sums)
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), c.clip or math.inf)
-        scaler.step(optimizer)  # leaves out a step whose gradients overflowed float16
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        tokens_since, cut = tokens_since + data.n_token, cut + data.cut
-        ready = next_batch()  # while a GPU still computes; then the one wait for it (--skip-closed has more)
-        loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
-        may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # float16: its scale halves, training goes on
-        if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
-            raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
-                            f"float32; the batch was {where(data.numbers, train_records, c)}; {run.advice()}")
-
-        is_last = step == steps - 1
-        if step % c.log_every == 0 or is_last:
-            line = {"step": step, "loss": loss, "entropy": entropy,
-                    **mean_gates(model, batch.is_answer),  # of the last micro-batch
-                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm if math.isfinite(norm) else None}
-            now = time.time()
-            line |= {"tokens_per_s": tokens_since / (now - clock_since), "memory_gib": peak_memory(device)}
-            left = (steps - 1 - step) * (now - clock_since) / (step - logged)
-            tokens_since, clock_since, logged = 0, now, step
-            run.record(line)
-            print(f"{progress(line, steps)} | {clock(left)} left", flush=True)
-        if validation and ((step + 1) % c.eval_every == 0 or is_last):
-            paused = time.time()
-            value = validation_loss(model, validation, autocast)  # the same on every process
-            if not math.isfinite(value):
-                raise UserError(f"step {step}: the validation loss is {value}; lower --lr, or use --dtype float32; "
-                                f"{run.advice()}")
-            run.record({"step": step, "validation_loss": value})
-            print(f"step {step:>5}/{steps} | validation loss {value:.4f}" + (" | best so far" if value < best else ""))
-            if value < best:
-                best = value
-                run.save_best(model)
-            clock_since += time.time() - paused
-        if caught or is_last or (step + 1) % c.save_every == 0:
-            run.save(step + 1, model, optimizer, best=best, cut=cut, scaler=scaler.state_dict(),
-                     seconds=earlier_seconds + time.time() - started)
-        if caught:  # here or in another process
-            team.wait()
-            print(f"interrupted; {run.advice()}")
-            sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
-    if signals.caught:  # too late for the last step to count them; all of it is saved
-        print(f"interrupted; {run.advice()}")
-        sys.exit(128 + signals.caught[0])
-    signals.release()
-    if validation:
-        team.wait()
-        load_adapter(model, out / "best")
-    else:
-        run.save_best(model)
-
-    # -------------------------------------------------------------------------------------------- results
-    if cut:
-        print(f"{cut} times a question was longer than {c.max_len} tokens and lost the start of its prompt")
-    results = {"steps": steps, "best_validation_loss": best if validation else None,
-               "seconds": earlier_seconds + time.time() - started, "tasks": {}}
-    for task, records in test_records.items():
-        print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
-        with adapters_off(model):  # the frozen base is what it was
-            before = evaluate(model, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
-        after = evaluate(model, tokenizer, records, c.form, c.max_len, quiet=team.rank > 0)
-        results["tasks"][task] = {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
-        name = "acc_norm" if c.form == "cloze" else "acc"
-        print(f"{task}: {name} on {len(records)} held-out test questions {headline(before, c.form):.1f} % before, "
-              f"{headline(after, c.form):.1f} % after training (always the commonest label: {after['majority']:.1f} %)")
-    run.write("training.json", results)
-    print(f"saved {out}/best and {out}/last in {clock(results['seconds'])}; score it on all questions with: "
-          f"python eval.py --run {out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return results
-
-
-# ======================================================================= what a first reading can leave out
 
 # --------------------------------------------------------------------------------- interruptions and faults
 
@@ -527,35 +524,44 @@ class Run:
     seed and the step's number, as the order of the data does. Of several processes, the first alone writes."""
 
     def __init__(self, out: Path, team: "Team"):
-        self.out, self.state, self.team, self.metrics, self.step = out, out / "state.safetensors", team, None, None
+        self.out, self.team, self.state = out, team, out / "state.safetensors"
+        self.metrics = None  # the open metrics.jsonl, in the first process alone
+        self.step = None     # steps that are saved
 
-    def start(self, resuming: bool):
-        """Becomes the owner. Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
-        if self.team.rank > 0:
-            return
+    def begin(self, facts: dict, c: Config, model, optimizer, scaler) -> dict:
+        """Becomes the owner, and returns what `save` was told last: of a new run, the start. facts: config.json."""
+        if self.team.rank == 0:
+            self.own(bool(c.resume))
+        saved = self.load(model, optimizer) if c.resume and self.state.exists() else {}
+        if saved:
+            check_resumed(saved, facts, c)
+            scaler.load_state_dict(saved["scaler"])
+        elif c.resume:
+            print("nothing was saved yet: starting over")
+        if self.metrics:
+            self.metrics.truncate(saved.get("metrics", 0))  # lines of steps that were not saved come again
+        if not saved:
+            self.record(facts)
+        self.write("config.json", facts)
+        return {"step": 0, "best": math.inf, "cut": 0, "seconds": 0.0} | saved
+
+    def own(self, resuming: bool):
+        """Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
-            names = (self.out.with_name(f"{self.out.name}-{i}") for i in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
+            aside = next(path for i in itertools.count(1)
+                         if not (path := self.out.with_name(f"{self.out.name}-{i}")).exists())
             self.out.rename(aside)
             self.metrics.close()
             print(f"the earlier run in {self.out} is now in {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for half in (half for name in ("", "best", "last") for half in (self.out / name).glob(".*.tmp")):
+        for half in [*self.out.glob(".*.tmp"), *self.out.glob("*/.*.tmp")]:
             half.unlink()  # of a process that was killed while it wrote
 
     def lock(self):
         self.metrics = open(self.out / "metrics.jsonl", "a")
-        try:
-            claim(self.metrics, self.out)
-        except UserError:
-            self.metrics.close()
-            raise
-
-    def truncate(self, size: int):
-        if self.metrics:
-            self.metrics.truncate(size)
+        claim(self.metrics, self.out)
 
     def record(self, line: dict):
         if self.metrics:
@@ -580,19 +586,16 @@ class Run:
 
     def write(self, name: str, values: dict):
         if self.metrics:
-            write_atomically(self.out / name, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+            write_json(self.out / name, values)
 
     def load(self, model, optimizer) -> dict:
-        """Puts the saved tensors where they came from and returns save's `info`; {} if nothing was saved yet."""
-        if not self.state.exists():
-            return {}
+        """Puts the saved tensors where they came from and returns save's `info`."""
         tensors, info = read_tensors(self.state, with_info=True)
-        info, own = json.loads(info), adapter_state(model)
+        info, own, state = json.loads(info), adapter_state(model), optimizer.state_dict()
         names = {p: name for name, p in own.items()}
-        state = optimizer.state_dict()
-        order = [p for group in optimizer.param_groups for p in group["params"]]
-        state["state"] = {i: {key: tensors[f"{names[p]}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-                          for i, p in enumerate(order)}
+        order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        state["state"] = {i: {key: tensors[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                          for i, name in enumerate(order)}
         optimizer.load_state_dict(state)
         with torch.no_grad():
             for name, parameter in own.items():
@@ -600,12 +603,31 @@ class Run:
         self.step = info["step"]
         return info
 
+    def close(self):
+        with suppress(OSError):  # on a full disk, the line that could not be written would raise once more
+            if self.metrics:
+                self.metrics.close()
+
     def advice(self) -> str:
         if self.step is None:
             return "nothing was saved yet"
         program = "python" if self.team.size == 1 else f"torchrun --nproc_per_node={self.team.size} --"
         return (f"what was learnt in {self.step} steps is in {self.out}; go on with: "
                 f"{program} train.py --resume {shlex.quote(str(self.out))}")
+
+
+def check_resumed(saved: dict, facts: dict, c: Config) -> None:
+    """UserError if the run cannot go on from what was saved; else prints where it does. facts: the new config.json."""
+    earlier, first, steps = read_json(Path(c.out) / "config.json"), saved["step"], facts["steps"]
+    if earlier["data_sha256"] != facts["data_sha256"]:
+        raise UserError(f"--resume {c.out}: the training or validation records have changed since the run began")
+    if first > steps:
+        raise UserError(f"--resume {c.out}: {first} steps are done already, more than the {steps} wanted")
+    print(f"going on after {first} of {steps} steps")
+    if earlier["steps"] != steps:
+        now, before = (c.lr * learning_rate(first, n, c) for n in (steps, earlier["steps"]))
+        print(f"the run had {earlier['steps']} steps: its learning rate goes on at {now:.2e} instead of "
+              f"{before:.2e} and decays to 0 at step {steps}")
 
 
 def explain(error: Exception, c: Config, run: Run) -> str:
@@ -662,16 +684,15 @@ class Team(NamedTuple):
 
     @classmethod
     def join(cls, device: torch.device) -> "Team":
-        rank, size, local = (int(os.environ.get(name, no)) for name, no in
-                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if "RANK" in os.environ:
-            if device.type == "cuda":
-                device = torch.device("cuda", local)
-                torch.cuda.set_device(device)
-            cuda = device.type == "cuda"
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                    timeout=timedelta(hours=6))  # the first process may have gigabytes to download
-        return cls(rank, size, device)
+        if "RANK" not in os.environ:
+            return cls(0, 1, device)
+        cuda = device.type == "cuda"
+        if cuda:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=6))  # the first process may have gigabytes to download
+        return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def wait(self):
         if self.size > 1:
@@ -727,7 +748,7 @@ def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) 
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             row = torch.arange(c.max_len)[None]
             logits = model(row, select=row[0, -ANSWER_TOKENS:])
-            loss = F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)  # noqa: F841
+            F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)
     return sum(size for _, size in kept.values())
 
 
@@ -740,11 +761,14 @@ def plan(c: Config) -> str:
         inject_adapters(model, adapter_config(c))
     adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
     n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
-    n_block = sum(p.numel() for p in model.blocks[0].parameters() if not p.requires_grad)
-    block, base, ends = (n * dtype.itemsize for n in (n_block, n_base, n_base - config.n_layer * n_block))
-    training = sum(4 * p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    # in bytes: the weights,
+    base = sum(p.nbytes for p in frozen)
+    block = sum(p.nbytes for p in model.blocks[0].parameters() if not p.requires_grad)
+    ends = base - config.n_layer * block            # what is before and after the blocks
+    training = 4 * sum(p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
+    # and what a record's forward keeps
     one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
-    of_block, of_ends = two - one, 2 * one - two    # a record's
+    of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
     hira = c.peft in ("hira", "gatera")

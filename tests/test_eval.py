@@ -266,7 +266,7 @@ def test_the_program_scores_a_base_model(protocol, llama, tmp_path, capsys):
                                                         ("boolq", 0), ("boolq", 1), ("boolq", 2)]
     assert all(("text" if protocol == "generate" else "scores") in p for p in lines)
     assert json.loads((tmp_path / "scores" / "results.json").read_text()) == summary
-    values = [evaluation.headline(result, protocol) for result in summary["tasks"].values()]
+    values = [result[evaluation.quoted(protocol)] for result in summary["tasks"].values()]
     low, high = summary["mean"]["interval"]
     assert 0 <= low <= sum(values) / 2 <= high <= 100
     printed = capsys.readouterr().out
