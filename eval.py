@@ -394,8 +394,9 @@ def compare(groups: list[str], args, out: Path) -> dict:
     """eval.py --compare: one table, printed, returned and kept in `out`, with a picture of the runs' losses.
 
     A group is a method: one run, or its seeds with commas between, whose mean counts. The table has each method's
-    accuracy, and its difference to the first, paired by question, with a 95 % bootstrap interval over questions. p is
-    McNemar's, where both are single runs; in the last row it is over the questions of all tasks together."""
+    accuracy and, over its seeds, the standard deviation; and the difference to the first method, paired by question,
+    with a 95 % bootstrap interval over questions (not over seeds). p is McNemar's, where both are single runs, over the
+    questions of all tasks together."""
     methods = [[load_results(run, args) for run in group.split(",")] for group in groups]
     summaries = [summary for method in methods for summary, _ in method]
     for name in ("protocol", "split", "beams"):
@@ -445,25 +446,25 @@ def compare(groups: list[str], args, out: Path) -> dict:
 
 
 def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str, int]) -> str:
-    """The rows of `compare` as text; n: questions of each task."""
-    text = [f"[{i}] {group}" for i, group in enumerate(groups, 1)]
-    head = f"{'task':<14} {'n':>6} {'[1]':>13}"
-    for i in range(2, len(groups) + 1):
-        head += f" | {f'[{i}]':>13} {'- [1]':>9} {'95 % interval':>15} {'p':>7}"
-    text.append(head)
-    for task, cells in rows.items():
-        if task == "mean" and len(n) == 1:
-            continue
-        line = f"{task:<14} {n.get(task, sum(n.values())):>6,}"
-        for i, cell in enumerate(cells):
-            spread = "" if cell["spread"] is None else f" ± {cell['spread']:.2f}"
-            line += f" {'| ' if i else ''}{cell['accuracy']:>{13 - len(spread)}.2f}{spread}"
-            if i:
-                low, high = cell["interval"]
-                p = "-" if cell["p"] is None else f"{cell['p']:.4f}" if cell["p"] >= 1e-4 else "<0.0001"
-                line += f" {cell['difference']:>+9.2f} {f'{low:+.2f} {high:+.2f}':>15} {p:>7}"
-        text.append(line)
-    return "\n".join(text)
+    """The rows of `compare` in Markdown, a line for each method; n: questions of each task. Differences are those of
+    the mean, or of the one task that --tasks names."""
+    tasks = rows if len(n) > 1 else n
+    table = [["", *(f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks), "- [1]", "95 % interval", "p"]]
+    for i, cell in enumerate(rows["mean"]):
+        line = [f"[{i + 1}]"]
+        for task in tasks:
+            spread = rows[task][i]["spread"]
+            line.append(f"{rows[task][i]['accuracy']:.2f}" + ("" if spread is None else f" ± {spread:.2f}"))
+        if i == 0:
+            line += ["", "", ""]
+        else:
+            p = "" if cell["p"] is None else f"{cell['p']:.4f}" if cell["p"] >= 1e-4 else "<0.0001"
+            line += [f"{cell['difference']:+.2f}", "{:+.2f} to {:+.2f}".format(*cell["interval"]), p]
+        table.append(line)
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
+    return "\n".join([f"[{i}] {group}" for i, group in enumerate(groups, 1)] + text)
 
 
 # ------------------------------------------------------------------------------------------------- gates

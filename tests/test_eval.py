@@ -415,7 +415,7 @@ def test_runs_are_compared_by_question(run, llama, tmp_path, capsys):
     assert "WARNING: what should be the same differs: seed: 0 / 3" in printed and "compared: lr: 0.01 / 0.02" in printed
 
 
-def test_seeds_are_joined(llama, tmp_path):
+def test_seeds_are_joined(llama, tmp_path, capsys):
     runs = {name: write_run(tmp_path / name, llama, seed=int(name[1]), peft={"a": "lora", "b": "gatera"}[name[0]])
             for name in ("a1", "a2", "b1", "b2")}
     for directory in runs.values():
@@ -423,6 +423,10 @@ def test_seeds_are_joined(llama, tmp_path):
     groups = [f"{runs['a1']},{runs['a2']}", f"{runs['b1']},{runs['b2']}"]
     result = program("--compare", *groups, "--out", tmp_path / "table")
     assert result["warnings"] == [] and result["compared"] == ["peft: lora / gatera"]
+    head, line, first, second = (row[2:-2].split(" | ") for row in capsys.readouterr().out.splitlines()
+                                 if row.startswith("|"))
+    assert head[1].strip() == "piqa, n 4" and [cell.strip() for cell in head[-3:]] == ["- [1]", "95 % interval", "p"]
+    assert " ± " in first[1] and float(second[-3]) == pytest.approx(result["rows"]["mean"][1]["difference"], abs=0.006)
     accuracy = [[accuracy_on(runs[name], "boolq") for name in pair] for pair in (("a1", "a2"), ("b1", "b2"))]
     first, second = result["rows"]["boolq"]
     assert first["accuracy"] == np.mean(accuracy[0]) and first["spread"] == pytest.approx(np.std(accuracy[0], ddof=1))
