@@ -2,7 +2,8 @@
 
     python eval.py --run out/quickstart                                   # the run's own tasks and form
     python eval.py --init smollm2-135m --tasks all --protocol generate --limit 100
-    python eval.py --compare out/lora-1,out/lora-2 out/gatera-1,out/gatera-2     # commas join the seeds of one method
+    python eval.py --compare out/lora-1,out/lora-2 out/gatera-1,out/gatera-2     # commas join the seeds of a method, ...
+    python eval.py --compare out/lora out/gatera                          # ... or a directory: out/lora/1, out/lora/2
     python eval.py --run out/quickstart --gates                           # gates.html and pictures
     python eval.py --run out/quickstart --prompt "Question: Which planet is closest to the Sun?\\nAnswer:"
     python eval.py --run out/lora --export hf DIRECTORY                   # the merged model, for other programs
@@ -325,6 +326,13 @@ def results_name(args, name: str, protocol: str) -> str:
     return "-".join(part for part in parts if part)
 
 
+def runs_of(group: str) -> list[str]:
+    """The runs that a word of --compare names: with commas between, or all those in a directory, such as the seeds in
+    out/lora/1, out/lora/2, ..."""
+    inside = [] if (Path(group) / "config.json").exists() else sorted(Path(group).glob("*/config.json"))
+    return [str(file.parent) for file in inside] or group.split(",")
+
+
 def find_results(run: str, args) -> Path:
     """The directory of a run's results that --protocol, --split, --limit, ... choose, or `run` itself if it is one."""
     directory = Path(run)
@@ -393,11 +401,11 @@ def mcnemar(difference: np.ndarray) -> float:
 def compare(groups: list[str], args, out: Path) -> dict:
     """eval.py --compare: one table, printed, returned and kept in `out`, with a picture of the runs' losses.
 
-    A group is a method: one run, or its seeds with commas between, whose mean counts. The table has each method's
+    A group is a method: one run, or its seeds (`runs_of`), whose mean counts. The table has each method's
     accuracy and, over its seeds, the standard deviation; and the difference to the first method, paired by question,
     with a 95 % bootstrap interval over questions (not over seeds). p is McNemar's, where both are single runs, over the
     questions of all tasks together."""
-    methods = [[load_results(run, args) for run in group.split(",")] for group in groups]
+    methods = [[load_results(run, args) for run in runs_of(group)] for group in groups]
     summaries = [summary for method in methods for summary, _ in method]
     for name in ("protocol", "split", "beams"):
         if len(values := {str(summary["configuration"][name]) for summary in summaries}) > 1:
@@ -440,7 +448,7 @@ def compare(groups: list[str], args, out: Path) -> dict:
     print(comparison_table(groups, rows, {task: len(hits[0][task]) for task in tasks}))
     result = {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
     write_json(out / "compare.json", result)
-    drawn = draw_training({run: read_metrics(run) for group in groups for run in group.split(",")}, out / "losses.png")
+    drawn = draw_training({run: read_metrics(run) for group in groups for run in runs_of(group)}, out / "losses.png")
     print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
     return result
 
@@ -787,7 +795,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, float32 on cpu")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
-                        help="instead: evaluated runs against the first, by question; commas join seeds of one method")
+                        help="instead: evaluated runs against the first, by question; commas join the seeds of one "
+                             "method, or a directory holds them")
     parser.add_argument("--gates", action="store_true",
                         help="instead: show the gates of --limit [10] questions of each task, as a page and pictures")
     parser.add_argument("--prompt", metavar="TEXT", help="instead: watch it answer this; \\n is a new line")

@@ -421,10 +421,14 @@ def test_seeds_are_joined(llama, tmp_path, capsys):
     for directory in runs.values():
         program("--run", directory)
     groups = [f"{runs['a1']},{runs['a2']}", f"{runs['b1']},{runs['b2']}"]
+    capsys.readouterr()
     result = program("--compare", *groups, "--out", tmp_path / "table")
+    printed = capsys.readouterr().out
+    for name in runs:  # the seeds of a method in a directory of its own
+        shutil.copytree(runs[name], tmp_path / name[0] / name[1])
+    assert program("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "same")["rows"] == result["rows"]
     assert result["warnings"] == [] and result["compared"] == ["peft: lora / gatera"]
-    head, line, first, second = (row[2:-2].split(" | ") for row in capsys.readouterr().out.splitlines()
-                                 if row.startswith("|"))
+    head, line, first, second = (row[2:-2].split(" | ") for row in printed.splitlines() if row.startswith("|"))
     assert head[1].strip() == "piqa, n 4" and [cell.strip() for cell in head[-3:]] == ["- [1]", "95 % interval", "p"]
     assert " ± " in first[1] and float(second[-3]) == pytest.approx(result["rows"]["mean"][1]["difference"], abs=0.006)
     accuracy = [[accuracy_on(runs[name], "boolq") for name in pair] for pair in (("a1", "a2"), ("b1", "b2"))]
