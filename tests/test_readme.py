@@ -86,7 +86,8 @@ COMMANDS = commands(OTHERS)
 # ------------------------------------------------------------------------------------------- a place to run it in
 
 def copy_repository(to: Path) -> Path:
-    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*/*", "tests/*.py"):
+    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*/*", "tests/*.py",
+                    "assets/evidence/**/*.json*"):
         for file in ROOT.glob(pattern):
             (to / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(ROOT))
@@ -108,7 +109,8 @@ def template(tmp_path_factory):
     evals = [ours.eval.parse(list(words[2:])) for words in COMMANDS
              if words[:2] == ("python", "eval.py") and "--help" not in words]
     resumed = [words[words.index("--resume") + 1] for words in COMMANDS if "--resume" in words]
-    compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")}
+    compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")
+                if not (ROOT / run).is_dir()}  # assets/evidence is there
     exported = {args.run for args in evals if args.export}
     runs = {*re.findall(r"out/[\w-]+(?=/best)", README), *resumed, *compared, *(args.run for args in evals if args.run)}
     with pytest.MonkeyPatch.context() as patch:
@@ -197,6 +199,26 @@ def test_python_runs(place):
     for text in blocks:
         exec(compile(text.replace('"smollm2-135m"', '"tiny"'), "README.md", "exec"), {})
     assert blocks
+
+
+def test_the_evidence_is_what_compare_makes_of_the_committed_runs(place):
+    rows = {line.split(" |")[0]: line for line in README.splitlines() if line.startswith("| ")}
+    results = [execute(words, programs()) for words in COMMANDS if "--compare" in words and "assets" in "".join(words)]
+    for result in results:
+        for i, run in enumerate(result["runs"]):  # a row is named as its directory in assets/evidence
+            row = rows["| " + run.removeprefix("assets/evidence/")]
+            for cell in (cells[i] for cells in result["rows"].values()):
+                spread = f" ± {cell['spread']:.1f}" if cell["spread"] is not None else ""
+                assert f"| {cell['accuracy']:.1f}{spread} |" in row, (run, cell)
+            if i:
+                low, high = cell["interval"]  # of the mean, the last
+                assert f"| {cell['difference']:+.1f} ({low:+.1f} to {high:+.1f}) |" in row, (run, cell)
+    assert len(results) >= 2
+    for file in (ROOT / "assets/evidence/search").glob("*/metrics.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        method, _, rate = file.parent.name.partition("-lr")
+        loss = next(line["validation_loss"] for line in lines if "validation_loss" in line)
+        assert f" {loss:.3f} " in rows[f"| search/{method}"], (method, rate, loss)
 
 
 def test_every_diff_is_one_that_is_applied():
