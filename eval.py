@@ -2,7 +2,7 @@
 
     python eval.py --run out/quickstart                                   # the run's own tasks and form
     python eval.py --init smollm2-135m --tasks all --protocol generate --limit 100
-    python eval.py --compare out/lora-1,out/lora-2 out/gatera-1,out/gatera-2     # commas join the seeds of a method, ...
+    python eval.py --compare out/lora-1,out/lora-2 out/gatera-1,out/gatera-2    # commas join the seeds of a method, ...
     python eval.py --compare out/lora out/gatera                          # ... or a directory: out/lora/1, out/lora/2
     python eval.py --run out/quickstart --gates                           # gates.html and pictures
     python eval.py --run out/quickstart --prompt "Question: Which planet is closest to the Sun?\\nAnswer:"
@@ -42,10 +42,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.download import Flags, UserError, claim, read_json, run_command, unwritable
+from data.download import Flags, UserError, claim, read_json, run_command, unwritable, write_atomically
 from data.prepare import DEFAULT, TASKS, load_records
 from gatera import (adapter_state, adapters_off, cached_products, checksum, export_peft, gate_values, gated_layers,
-                    load_adapter, merge_adapters, set_skip_closed, write_atomically)
+                    load_adapter, merge_adapters, set_skip_closed)
 from model import KVCache, Tokenizer, Transformer, load_tokenizer, save_pretrained
 
 PROTOCOLS = (*FORMS, "generate")
@@ -147,9 +147,10 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
     earlier: {index: prediction} that need not be made again. file: open, gets every `chunk` of new ones as lines."""
     predictions = dict(earlier or {})
     todo = [i for i in range(len(records)) if i not in predictions]
+    training = model.training
     model.eval()
-    with tqdm(total=len(records), initial=len(predictions), desc=protocol, unit="q", leave=False,
-              disable=quiet or None) as progress:
+    with tqdm(total=len(records), initial=len(predictions), desc=f"{records[0]['task']} {protocol}", unit="q",
+              leave=False, disable=quiet or None) as progress:
         for start in range(0, len(todo), chunk):
             numbers = todo[start:start + chunk]
             part = [records[i] for i in numbers]
@@ -164,20 +165,22 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
                 file.write(json_lines(new))
                 file.flush()
             progress.update(len(part))
+    model.train(training)
     predictions = [predictions[i] for i in range(len(records))]
     return summarise(predictions, protocol) | {"predictions": predictions}
 
 
 # ----------------------------------------------------------------------------------------------- results
 
-def quoted(protocol: str) -> str:
+def accuracy_key(protocol: str) -> str:
     """The one accuracy to quote: acc_norm in cloze form, where choices differ in length; acc elsewhere."""
     return "acc_norm" if protocol == "cloze" else "acc"
 
 
 def correct(prediction: dict, protocol: str) -> bool:
     """Whether a prediction counts for the accuracy to quote."""
-    return prediction["prediction_norm" if quoted(protocol) == "acc_norm" else "prediction"] == prediction["label"]
+    chosen = "prediction_norm" if accuracy_key(protocol) == "acc_norm" else "prediction"
+    return prediction[chosen] == prediction["label"]
 
 
 def summarise(predictions: list[dict], protocol: str) -> dict:
@@ -210,7 +213,7 @@ def mean_result(results: dict[str, dict], protocol: str) -> dict:
     """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
     Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
     tasks = list(results.values())
-    values = [task[quoted(protocol)] for task in tasks]
+    values = [task[accuracy_key(protocol)] for task in tasks]
     value = sum(values) / len(values)
     low, high = (math.dist(values, [task["interval"][side] for task in tasks]) / len(values) for side in (0, 1))
     mean = {key: sum(task[key] for task in tasks) / len(tasks)
@@ -395,7 +398,11 @@ def mcnemar(difference: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test: of the questions that only one of two runs gets right, each run would win
     half if they were equally good."""
     n, fewer = int((difference != 0).sum()), int(min((difference > 0).sum(), (difference < 0).sum()))
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    ways = total = 1  # n over k for k = 0, and the sum of them up to `fewer`
+    for k in range(fewer):
+        ways = ways * (n - k) // (k + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**n)
 
 
 def compare(groups: list[str], args, out: Path) -> dict:
@@ -406,6 +413,11 @@ def compare(groups: list[str], args, out: Path) -> dict:
     with a 95 % bootstrap interval over questions (not over seeds). p is McNemar's, where both are single runs, over the
     questions of all tasks together."""
     methods = [[load_results(run, args) for run in runs_of(group)] for group in groups]
+    for group, method in zip(groups, methods):
+        seeds = [summary["settings"]["seed"] for summary, _ in method if summary["settings"]]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{group}: two of {', '.join(runs_of(group))} have the same seed; name one of each seed, "
+                            "with commas between (train.py moves an earlier run aside, to NAME-1)")
     summaries = [summary for method in methods for summary, _ in method]
     for name in ("protocol", "split", "beams"):
         if len(values := {str(summary["configuration"][name]) for summary in summaries}) > 1:
@@ -472,7 +484,8 @@ def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
-    return "\n".join([f"[{i}] {group}" for i, group in enumerate(groups, 1)] + text)
+    legend = [f"[{i}] {', '.join(runs_of(group))}" for i, group in enumerate(groups, 1)]
+    return "\n".join([*legend, "", *text])
 
 
 # ------------------------------------------------------------------------------------------------- gates

@@ -54,7 +54,7 @@ class AdapterConfig:
     alpha: float | None = None     # LoRA's and DoRA's scaling numerator; None: 2 r. HiRA has none
     rslora: bool = False           # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
     dropout: float = 0.0           # on the input of Delta
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # of layers; the paper's
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # names of layers; the paper's
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
     skip_closed: float = 0.0       # HiRA: a gate up to this counts as closed, its token skips Delta; 0: none does
 

@@ -46,7 +46,7 @@ from torch.distributed.fsdp import fully_shard
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.download import Flags, UserError, claim, read_json, run_command, unwritable
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
-from eval import (UNIMPORTANT, device_problems, evaluate, log_likelihoods, pick_device, quoted, task_names,
+from eval import (UNIMPORTANT, accuracy_key, device_problems, evaluate, log_likelihoods, pick_device, task_names,
                   write_json)
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
                     inject_adapters, load_adapter, read_tensors, save_adapter, write_tensors)
@@ -157,22 +157,22 @@ def batches(n: int, c: Config):
 class Batch(NamedTuple):
     """What one optimiser step learns from. Counts are of the whole batch, also where processes share it."""
     numbers: list[int]                 # of its records
-    rows: list[tuple[Packed, bool]]    # this process's micro-batches, each one packed row; False: one that weighs 0
+    rows: list[tuple[Packed, int]]     # this process's micro-batches as packed rows, and their weight: 1, a filler's 0
     n_answer: int                      # answer tokens: those that are predicted
     n_token: int                       # tokens read, prompt and answer
     cut: int                           # prompts that lost their start
 
 
 def load_batches(records: list[dict], encode, c: Config, team: "Team", first: int, steps: int):
-    """The Batches of the steps from `first` on. encode: record -> Question, batch by batch since it is quicker than a
-    step."""
+    """The Batches of the steps from `first` on. encode: record -> Question; a batch's takes less time than
+    its step, so none is kept."""
     size = c.micro_batch or math.ceil(c.batch / team.size)
     for numbers in itertools.islice(batches(len(records), c), first, steps):
         questions = [encode(records[i]) for i in numbers]
         # This process's share. All processes need as many rows, since with --fsdp they make forwards together: one
         # that has no question left takes any, and weighs it 0.
         share, longest = questions[team.rank::team.size], math.ceil(len(questions) / team.size)
-        rows = [(pack(share[i:i + size] or questions[:1]), i < len(share)) for i in range(0, longest, size)]
+        rows = [(pack(share[i:i + size] or questions[:1]), int(i < len(share))) for i in range(0, longest, size)]
         yield Batch(numbers, rows, n_answer=sum(len(q.answers[0]) for q in questions),
                     n_token=sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions),  # the last is not read
                     cut=sum(q.cut > 0 for q in questions))
@@ -231,7 +231,7 @@ def clock(seconds: float) -> str:
 
 def scores_before_and_after(model, tokenizer, test_records: dict[str, list[dict]], c: Config, quiet: bool) -> dict:
     """{task: {"acc" and "acc_norm": {"before", "after" training}}}, in percent."""
-    scores, name = {}, quoted(c.form)
+    scores, name = {}, accuracy_key(c.form)
     for task, records in test_records.items():
         print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
         with adapters_off(model):  # the frozen base is what it was
@@ -288,7 +288,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
     gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
     others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
-    groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]  # see learning_rate
+    groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # does nothing for the other dtypes
@@ -306,8 +306,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
              "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable, "data_sha256": digest,
              "processes": team.size, "device": str(device), "dtype": str(dtype), "torch": torch.__version__,
              "python": platform.python_version()}
-    saved = run.begin(facts, c, model, optimizer, scaler)
-    first, best, cut = saved["step"], saved["best"], saved["cut"]  # lowest validation loss; prompts cut
+    saved = run.begin(facts, c, model, optimizer, scaler)  # with --resume, these three are now as they were saved
+    first, best, cut = saved["step"], saved["best"], saved["cut"]  # first step; lowest validation loss; prompts cut
     started -= saved["seconds"]
 
     # ------------------------------------------------------------------------------------------- the loop
@@ -325,7 +325,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is cut into rows. L_task is over
         # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
-        loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far
+        loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far, which are logged apart
         for row, weight in batch.rows:
             row = row.to(device)
             with autocast:
@@ -343,7 +343,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         tokens, cut = tokens + batch.n_token, cut + batch.cut
-        upcoming = next(data, None)  # while a GPU still computes; then the one wait for it (--skip-closed has more)
+        upcoming = next(data, None)  # while a GPU still computes: tolist() below is the one wait for it
         loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # float16: its scale halves, training goes on
         if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
@@ -384,7 +384,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
     signals.release()
     if validation:
-        team.wait()
+        team.wait()  # until the first process has written it
         load_adapter(model, out / "best")
     else:
         run.save_best(model)
@@ -471,6 +471,9 @@ def check(c: Config) -> list[str]:
     rules += [(low <= getattr(c, name) < math.inf,
                f"{flag(name)} {getattr(c, name)}: expected a finite number, {low} or more")
               for low, names in least.items() for name in names]
+    # argparse has checked those of the command line, but not those of the run to resume
+    rules += [(getattr(c, name) in ("", *choices), f"{flag(name)} {getattr(c, name)}: expected one of "
+               f"{', '.join(choices)}") for name, choices in CHOICES.items()]
     wrong = [message for fine, message in rules if not fine] + device_problems(c.device)
     if problem := unwritable(out):
         wrong.append(f"--out {problem}")
@@ -529,9 +532,10 @@ class Run:
         self.step = None     # steps that are saved
 
     def begin(self, facts: dict, c: Config, model, optimizer, scaler) -> dict:
-        """Becomes the owner, and returns what `save` was told last: of a new run, the start. facts: config.json."""
+        """Takes the directory over and writes its config.json, which holds `facts`. With --resume, puts what was saved
+        into model, optimizer and scaler. Returns what `save` was told last; of a new run, the start."""
         if self.team.rank == 0:
-            self.own(bool(c.resume))
+            self.take_over(bool(c.resume))
         saved = self.load(model, optimizer) if c.resume and self.state.exists() else {}
         if saved:
             check_resumed(saved, facts, c)
@@ -545,7 +549,7 @@ class Run:
         self.write("config.json", facts)
         return {"step": 0, "best": math.inf, "cut": 0, "seconds": 0.0} | saved
 
-    def own(self, resuming: bool):
+    def take_over(self, resuming: bool):
         """Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
@@ -688,7 +692,7 @@ class Team(NamedTuple):
             return cls(0, 1, device)
         cuda = device.type == "cuda"
         if cuda:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
                                 timeout=timedelta(hours=6))  # the first process may have gigabytes to download

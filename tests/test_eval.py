@@ -266,7 +266,7 @@ def test_the_program_scores_a_base_model(protocol, llama, tmp_path, capsys):
                                                         ("boolq", 0), ("boolq", 1), ("boolq", 2)]
     assert all(("text" if protocol == "generate" else "scores") in p for p in lines)
     assert json.loads((tmp_path / "scores" / "results.json").read_text()) == summary
-    values = [result[evaluation.quoted(protocol)] for result in summary["tasks"].values()]
+    values = [result[evaluation.accuracy_key(protocol)] for result in summary["tasks"].values()]
     low, high = summary["mean"]["interval"]
     assert 0 <= low <= sum(values) / 2 <= high <= 100
     printed = capsys.readouterr().out
@@ -427,6 +427,9 @@ def test_seeds_are_joined(llama, tmp_path, capsys):
     for name in runs:  # the seeds of a method in a directory of its own
         shutil.copytree(runs[name], tmp_path / name[0] / name[1])
     assert program("--compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "same")["rows"] == result["rows"]
+    shutil.copytree(runs["a1"], tmp_path / "a" / "1-1")
+    with pytest.raises(UserError, match="a/1, .*a/1-1, .*a/2 have the same seed"):
+        program("--compare", tmp_path / "a", tmp_path / "b")
     assert result["warnings"] == [] and result["compared"] == ["peft: lora / gatera"]
     head, line, first, second = (row[2:-2].split(" | ") for row in printed.splitlines() if row.startswith("|"))
     assert head[1].strip() == "piqa, n 4" and [cell.strip() for cell in head[-3:]] == ["- [1]", "95 % interval", "p"]

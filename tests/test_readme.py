@@ -110,7 +110,7 @@ def template(tmp_path_factory):
              if words[:2] == ("python", "eval.py") and "--help" not in words]
     resumed = [words[words.index("--resume") + 1] for words in COMMANDS if "--resume" in words]
     compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")
-                if not (ROOT / run).is_dir()}  # assets/evidence is there
+                if not (place / run).is_dir()}  # assets/evidence is there
     exported = {args.run for args in evals if args.export}
     runs = {*re.findall(r"out/[\w-]+(?=/best)", README), *resumed, *compared, *(args.run for args in evals if args.run)}
     with pytest.MonkeyPatch.context() as patch:
@@ -214,11 +214,14 @@ def test_the_evidence_is_what_compare_makes_of_the_committed_runs(place):
                 low, high = cell["interval"]  # of the mean, the last
                 assert f"| {cell['difference']:+.1f} ({low:+.1f} to {high:+.1f}) |" in row, (run, cell)
     assert len(results) >= 2
-    for file in (ROOT / "assets/evidence/search").glob("*/metrics.jsonl"):
+    searched = sorted((ROOT / "assets/evidence/search").glob("*/metrics.jsonl"))
+    assert searched
+    for file in searched:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         method, _, rate = file.parent.name.partition("-lr")
         loss = next(line["validation_loss"] for line in lines if "validation_loss" in line)
-        assert f" {loss:.3f} " in rows[f"| search/{method}"], (method, rate, loss)
+        column = rows["| held-out loss"].split(" | ").index(rate)
+        assert rows[f"| search/{method}"].split(" | ")[column].split()[0] == f"{loss:.3f}", (method, rate, loss)
 
 
 def test_every_diff_is_one_that_is_applied():
@@ -228,8 +231,8 @@ def test_every_diff_is_one_that_is_applied():
 # --------------------------------------------------------------------------------------------------- quoted source
 
 def first_not_in(block: str, source: str) -> str | None:
-    """The first line of a quoted block that is not in the source, in the block's order; indentation may differ, and a
-    line `# ...` stands for lines left out."""
+    """The first line of a quoted block that is not in the source, in the block's order; indentation may differ, and
+    lines may be left out, with or without a line `# ...`."""
     lines = iter([line.strip() for line in source.splitlines()])
     wanted = [line.strip() for line in block.splitlines() if line.strip() and line.strip() != "# ..."]
     return next((line for line in wanted if line not in lines), None)  # `in` goes on where it found the line before

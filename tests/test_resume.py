@@ -210,6 +210,11 @@ def test_other_settings_are_refused_by_name(stopped, capsys):
     for nothing in (stopped / "best", stopped.parent / "llama"):
         with pytest.raises(UserError, match="there is no run"):
             train.main(["--resume", str(nothing)])
+    config, facts = stopped / "config.json", json.loads((stopped / "config.json").read_text())
+    config.write_text(json.dumps(facts | {"dtype": "torch.int8", "config": facts["config"] | {"form": "poem"}}))
+    with pytest.raises(UserError, match="--form poem: expected one of.*--dtype int8: expected one of"):
+        train.main(["--resume", str(stopped)])
+    config.write_bytes(before[config])
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
 
 
