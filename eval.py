@@ -469,7 +469,7 @@ def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str
     """The rows of `compare` in Markdown, a line for each method; n: questions of each task. Differences are those of
     the mean, or of the one task that --tasks names."""
     tasks = rows if len(n) > 1 else n
-    table = [["", *(f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks), "- [1]", "95 % interval", "p"]]
+    table = [["", *(f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks), "minus [1]", "95 % interval", "p"]]
     for i, cell in enumerate(rows["mean"]):
         line = [f"[{i + 1}]"]
         for task in tasks:
@@ -614,7 +614,7 @@ def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> l
         near = f"{100 * (g < 0.05).float().mean():.1f} % below 0.05, {100 * (g > 0.95).float().mean():.1f} % above 0.95"
         axis.stairs(100 * share / g.numel(), edges, color=colour, fill=True, alpha=0.25)
         axis.stairs(100 * share / g.numel(), edges, color=colour, label=f"{phase}\n{near}")
-    axis.set(title=title, xlabel="gate", ylabel="% of gates, bins of 0.025", xlim=(0, 1))
+    axis.set(title=title, xlabel="gate", ylabel="% of gates", xlim=(0, 1))
     axis.legend(fontsize=8)
     figure.savefig(out / "gates-histogram.png")
 
@@ -633,7 +633,7 @@ def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> l
     axis.text(-0.8, 0.02, "prefill (prompt)", ha="right")
     axis.text(-0.2, 0.02, "decode (answer)", ha="left")
     axis.set(title=title, ylim=(0, 1), ylabel="gate",
-             xlabel="token, counted from the answer's first (where a quarter of the questions have one)")
+             xlabel="token, counted from the answer's first (as far as a quarter of the questions reach)")
     axis.legend(fontsize=8)
     figure.savefig(out / "gates-position.png")
     return ["gates-layers.png", "gates-histogram.png", "gates-position.png"]

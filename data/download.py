@@ -280,7 +280,7 @@ class Flags(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         # the value of an unknown flag is no error of its own
         for word in [word for word in unknown if word.startswith("--")] or unknown:
-            close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            close = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.8)
             hint = f" (did you mean {close[0]}?)" if close else "; see --help"
             self.wrong.append(f"unknown argument {word}{hint}")
         known.wrong = self.wrong

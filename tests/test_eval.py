@@ -432,7 +432,7 @@ def test_seeds_are_joined(llama, tmp_path, capsys):
         program("--compare", tmp_path / "a", tmp_path / "b")
     assert result["warnings"] == [] and result["compared"] == ["peft: lora / gatera"]
     head, line, first, second = (row[2:-2].split(" | ") for row in printed.splitlines() if row.startswith("|"))
-    assert head[1].strip() == "piqa, n 4" and [cell.strip() for cell in head[-3:]] == ["- [1]", "95 % interval", "p"]
+    assert head[1].strip() == "piqa, n 4" and [cell.strip() for cell in head[-3:]] == ["minus [1]", "95 % interval", "p"]
     assert " ± " in first[1] and float(second[-3]) == pytest.approx(result["rows"]["mean"][1]["difference"], abs=0.006)
     accuracy = [[accuracy_on(runs[name], "boolq") for name in pair] for pair in (("a1", "a2"), ("b1", "b2"))]
     first, second = result["rows"]["boolq"]

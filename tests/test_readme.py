@@ -117,8 +117,9 @@ def template(tmp_path_factory):
         patch.chdir(place)
         for run in sorted(runs):
             method = re.search("lora|dora|hira|$", run).group() or ("lora" if run in exported else "gatera")
+            seed = re.search(r"\d*$", run).group() or "0"
             execute(("python", "train.py", "--peft", method, "--tasks", "ARC-Easy", "--form", "cloze",
-                     "--out", run), ours)
+                     "--seed", seed, "--out", run), ours)
         for run, args in compared.items():
             flags = [f"--{name}={getattr(args, name)}" for name in ("protocol", "split", "limit", "adapter")
                      if getattr(args, name)]
