@@ -149,8 +149,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
     todo = [i for i in range(len(records)) if i not in predictions]
     training = model.training
     model.eval()
-    with tqdm(total=len(records), initial=len(predictions), desc=f"{records[0]['task']} {protocol}", unit="q",
-              leave=False, disable=quiet or None) as progress:
+    title = f"{records[0]['task']} {protocol}" if records else protocol
+    with tqdm(total=len(records), initial=len(predictions), desc=title, unit="q", leave=False,
+              disable=quiet or None) as progress:
         for start in range(0, len(todo), chunk):
             numbers = todo[start:start + chunk]
             part = [records[i] for i in numbers]
