@@ -548,7 +548,8 @@ def means_by(keys: list, values: list[float]) -> dict:
 
 def gate_numbers(traces: list[dict], names: list[str]) -> dict:
     """What the gates do, in numbers: for each phase the mean gate over all, by projection and by layer, the shares near
-    closed and near open, and the mean entropy in bits (at most 1)."""
+    closed and near open, the mean entropy in bits (at most 1), and the share of the variance that is between the tokens
+    of a gate: 0 where gates tell layers apart alone, as static ones do."""
     layers, projections = zip(*layer_and_projection(names))
     numbers = {"questions": len(traces), "cut": sum(trace["cut"] > 0 for trace in traces)}
     for phase, g in by_phase(traces).items():
@@ -559,6 +560,7 @@ def gate_numbers(traces: list[dict], names: list[str]) -> dict:
         numbers[phase] = {
             "tokens": g.shape[1], "mean": g.mean().item(), "below_0.05": (g < 0.05).float().mean().item(),
             "above_0.95": (g > 0.95).float().mean().item(), "entropy_bits": bits.mean().item(),
+            "between_tokens": (g.var(1, correction=0).mean() / g.var(correction=0).clamp(min=1e-12)).item(),
             "projections": means_by(projections, g.mean(1).tolist()), "layers": means_by(layers, g.mean(1).tolist())}
     return numbers
 
@@ -695,6 +697,7 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
         if (seen := numbers[phase])["tokens"]:
             print(f"{phase}: mean gate {seen['mean']:.3f} over {seen['tokens']:,} tokens; {seen['below_0.05']:.1%} "
                   f"below 0.05, {seen['above_0.95']:.1%} above 0.95; entropy {seen['entropy_bits']:.3f} bits; "
+                  f"{seen['between_tokens']:.0%} of the variance between tokens; "
                   + ", ".join(f"{name} {value:.2f}" for name, value in seen["projections"].items()))
     if numbers["cut"]:
         print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")

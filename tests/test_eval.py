@@ -512,6 +512,9 @@ def test_gate_numbers_by_hand():
     numbers = evaluation.gate_numbers(traces, names)
     prompt, answer = numbers["prompt"], numbers["answer"]
     assert (prompt["tokens"], prompt["mean"], prompt["below_0.05"], prompt["entropy_bits"]) == (2, 0.25, 0.5, 0.5)
+    assert (prompt["between_tokens"], answer["between_tokens"]) == (0, 0)  # each gate is the same on all its tokens
+    mixed = evaluation.gate_numbers([{"prompt": 4, "cut": 0, "gates": torch.tensor([[0, 0.5, 0.5, 1], [0.5] * 4])}], names)
+    assert mixed["prompt"]["between_tokens"] == pytest.approx(1)  # and here the gates have the same mean
     assert prompt["projections"] == {"q_proj": 0.5, "up_proj": 0.0} and prompt["layers"] == {0: 0.5, 1: 0.0}
     assert (answer["tokens"], answer["above_0.95"], answer["below_0.05"]) == (1, 0.5, 0.5)
     bits = -(0.01 * math.log2(0.01) + 0.99 * math.log2(0.99)) / 2

@@ -223,6 +223,13 @@ def test_the_evidence_is_what_compare_makes_of_the_committed_runs(place):
         loss = next(line["validation_loss"] for line in lines if "validation_loss" in line)
         column = rows["| held-out loss"].split(" | ").index(rate)
         assert rows[f"| search/{method}"].split(" | ")[column].split()[0] == f"{loss:.3f}", (method, rate, loss)
+    told = sorted((ROOT / "assets/evidence/story").glob("*/gates.json"))
+    assert told
+    for file in told:
+        gates, lines = json.loads(file.read_text())["gates"], (file.parent / "metrics.jsonl").read_text().splitlines()
+        loss = [json.loads(line)["validation_loss"] for line in lines if '"validation_loss"' in line][-1]
+        means = " | ".join(f"{gates[phase]['mean']:.2f}" for phase in ("prompt", "answer"))
+        assert f"| {loss:.3f} | {means} |" in rows[f"| story/{file.parent.name}"]
 
 
 def test_every_diff_is_one_that_is_applied():
