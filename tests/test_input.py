@@ -587,4 +587,4 @@ def test_a_hub_that_is_not_there(hub):
     hub.server.server_close()
     started, done = time.monotonic(), hub.fetch("well")
     assert done.returncode == 2 and "not in the local cache, and the hub cannot be reached; go online" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and time.monotonic() - started < 10
+    assert len(done.stderr.splitlines()) == 1 and time.monotonic() - started < 60  # no minutes of retries
