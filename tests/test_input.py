@@ -68,14 +68,6 @@ def template(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def place(template, tmp_path, monkeypatch):
-    """The current directory of a test: a copy of the template."""
-    shutil.copytree(template, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
-
-
 def snapshot(directory: Path) -> dict:
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
 

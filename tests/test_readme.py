@@ -127,13 +127,6 @@ def template(tmp_path_factory):
     return place
 
 
-@pytest.fixture
-def place(template, tmp_path, monkeypatch):
-    shutil.copytree(template, tmp_path / "place")
-    monkeypatch.chdir(tmp_path / "place")
-    return tmp_path / "place"
-
-
 class Parsed(Exception):
     """Raised in the place of what a program does with its flags."""
 
