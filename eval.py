@@ -42,11 +42,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.download import Flags, UserError, claim, read_json, run_command, unwritable, write_atomically
-from data.prepare import DEFAULT, TASKS, load_records
-from gatera import (adapter_state, adapters_off, cached_products, checksum, export_peft, gate_values, gated_layers,
-                    load_adapter, merge_adapters, set_skip_closed)
-from model import KVCache, Tokenizer, Transformer, load_tokenizer, save_pretrained
+from data.cli import Flags, device_problems, pick_device, run_command
+from data.files import UserError, checksum, claim, json_lines, read_json, unwritable, write_atomically, write_json
+from data.prepare import DEFAULT, TASKS, load_records, task_names
+from data.tokenizer import Tokenizer
+from data.weights import save_pretrained
+from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
+                    merge_adapters, set_skip_closed)
+from model import KVCache, Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
 
@@ -234,14 +237,6 @@ def table(results: dict[str, dict], protocol: str) -> str:
         lines.append(f"{task:<14} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
                      f"{row['majority']:>9.2f} {row['unparsed']:>9} {row['cut']:>5}")
     return "\n".join(lines)
-
-
-def json_lines(values: list[dict]) -> str:
-    return "".join(json.dumps(value) + "\n" for value in values)
-
-
-def write_json(path: Path, value) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 @contextlib.contextmanager
@@ -760,35 +755,6 @@ def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) ->
             answer += read
     print(decoder.decode(b"", True))
     return tokenizer.decode(answer)
-
-
-# -------------------------------------------------------------------------------------- machine and flags
-
-def task_names(text: str) -> list[str]:
-    """What --tasks names: all, or some with commas between."""
-    return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
-
-
-def device_problems(name: str) -> list[str]:
-    """What is wrong with --device, one text or none."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        return [f"--device {name}: expected auto, cpu, cuda or cuda:N"]
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        return [f"--device {name}: no such CUDA GPU here, of {torch.cuda.device_count()}; use --device cpu"]
-    return []
-
-
-def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
-    compute in it, float16 on older ones."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    old = where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8
-    if dtype == "auto":
-        dtype = "float32" if where.type == "cpu" else "float16" if old else "bfloat16"
-    if dtype == "bfloat16" and old:
-        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
-                        "float32")
-    return where, getattr(torch, dtype)
 
 
 # -------------------------------------------------------------------------------------------- command line

@@ -24,7 +24,6 @@ gate, g = 0, leaves a token to the base; an open one, g = 1, gives it all of the
 GateRA as the paper evaluates it is HiRA with the token gate, trained on L_task + lambda * L_ent: the task's loss, and
 the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
 """
-import hashlib
 import json
 import math
 import re
@@ -36,12 +35,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
-from data.download import UserError, read_json, reading, write_atomically
-from model import Recomputing, hugging_face_name, is_number
+from data.files import UserError, is_number, read_json, read_tensors, reading, write_atomically, write_tensors
+from data.weights import hugging_face_name
+from model import Recomputing
 
 METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
 
@@ -433,36 +432,6 @@ def read_adapter_config(directory) -> AdapterConfig:
         raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
     with reading(file):
         return AdapterConfig(**raw)
-
-
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str) -> None:
-    """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"info": info, "sha256": checksum(tensors, info)}
-    write_atomically(file, lambda path: save_file(tensors, path, metadata))
-
-
-def read_tensors(file: Path, with_info: bool = False):
-    """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
-    it, "" in a file of others; UserError if the file is not there or not whole."""
-    if not file.exists():
-        raise UserError(f"{file}: not found")
-    with reading(file), safe_open(file, framework="pt") as handle:
-        tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-        metadata = handle.metadata() or {}
-    info = metadata.get("info", "")
-    if metadata.get("sha256") not in (None, checksum(tensors, info)):
-        raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
-    return (tensors, info) if with_info else tensors
-
-
-def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
-    """SHA-256 of names, values and text: safetensors itself notices a file cut short, but not a flipped byte."""
-    digest = hashlib.sha256(info.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- peft's files

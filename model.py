@@ -11,37 +11,30 @@ and `TransformerConfig` names every place where they differ. GPT-2 (Radford et a
 up_proj, down_proj, so that the adapters of gatera.py mean the same in both. Llama has one more,
 `gate_proj`, the gate of its SwiGLU MLP: it is a frozen base weight and not the gate of the GateRA paper.
 
-Order of this file: config, the transformer, generation; then what a first reading can leave out: weights in Hugging
-Face's layout, .gguf files, tokenizer, and back to Hugging Face's layout.
+Order of this file: config, the transformer, generation, pretrained weights.
 
 Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary.
 A batch is B rows, or one packed row: D documents, of up to L tokens, end to end without padding, N tokens together. A
 token's place is its index in the row, its position the index in its document.
 """
-import json
 import math
-import shutil
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from data.download import UserError, fetch_model, read_json, reading, shards, smollm2_135m
+from data.download import find_model
+from data.files import UserError, is_number, reading
+from data.tokenizer import load_tokenizer  # noqa: F401  (other programs take it from here)
+from data.weights import load_weights, read_fields, read_model
 
 
 # ---------------------------------------------------------------------------------------------- config
-
-def is_number(value, least: float, most: float) -> bool:
-    """Whether `value`, which may come from a file and be anything, is a number from `least` to `most`; nan is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 @dataclass
@@ -493,9 +486,9 @@ class Transformer(nn.Module):
         Loading is strict: UserError names the missing, surplus and misshapen weights, or a file that is broken.
         """
         path = find_model(name_or_path)
-        config, weights = read_gguf(path) if path.suffix == ".gguf" else read_directory(path)
+        fields, weights = read_model(path)
         with torch.device("meta"):
-            model = cls(config)  # shapes alone; each weight gets its memory when it is read
+            model = cls(config_from(fields, path))  # shapes alone; each weight gets its memory when it is read
         load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
         model.name_or_path = str(name_or_path)
         return model.eval()
@@ -508,77 +501,11 @@ def compile_blocks(model: Transformer) -> None:
         block.compile(dynamic=True)
 
 
-# ---------------------------------------------------------------------- weights in Hugging Face's layout
-
-def find_model(name_or_path: str) -> Path:
-    """The local file or directory of a model, downloaded if need be (data/download.py)."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix == ".gguf" and path.is_file() or path.is_dir():
-        return path
-    if name_or_path == "smollm2-135m":
-        return smollm2_135m()
-    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
-        raise UserError(f"{name_or_path}: no such model file or directory")
-    if path.is_file():
-        raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
-    return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
-
-
-def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.device, source) -> None:
-    """Puts (name, tensor) pairs into a model on the meta device, one at a time, checking every name and shape."""
-    missing = {name for name, _ in model.named_parameters()}  # a tied head is listed once, as embed.weight
-    wrong = []
-    for name, tensor in weights:
-        if name not in missing:
-            wrong.append(f"unexpected {name}")
-            continue
-        missing.remove(name)
-        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        expected = getattr(module, leaf).shape
-        if tensor.shape != expected:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(expected)}")
-            continue
-        setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False))
-    wrong += [f"missing {name}" for name in sorted(missing)]
-    if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(wrong[:4])}{more}")
-    if model.config.tied_head:
-        model.head.weight = model.embed.weight
-
-
-def read_directory(directory: Path):
-    """Config and weights, as (name, tensor) pairs, of a directory in Hugging Face layout."""
-    config, family = directory_config(directory)
-    index = directory / "model.safetensors.index.json"
-    files = shards(index) if index.exists() else [directory / "model.safetensors"]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
-
-    def weights():
-        rename = gpt2_weights if family == "gpt2" else llama_weights
-        for file in files:
-            with reading(file), safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    yield from rename(key, tensors.get_tensor(key), config)
-    return config, weights()
-
-
-def directory_config(directory: Path) -> tuple[TransformerConfig, str]:
-    """The config and the family, gpt2 or llama, of a directory in Hugging Face layout."""
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}/config.json: not found; a model directory needs config.json, *.safetensors and "
-                        "tokenizer files")
-    raw = read_json(directory / "config.json")
-    family = raw.get("model_type")
-    if family not in ("gpt2", "llama"):
-        raise UserError(f"{directory}: architecture '{family}' is not supported; gpt2 and llama are")
-    with reading(directory / "config.json"):
+def config_from(fields: dict, path: Path) -> TransformerConfig:
+    """The config that a model's files describe; UserError names the file and what is wrong with it."""
+    with reading(path if path.suffix == ".gguf" else path / "config.json"):
         try:
-            return gpt2_config(raw) if family == "gpt2" else llama_config(raw), family
-        except KeyError as error:
-            raise UserError(f"field {error} is missing") from None
+            return TransformerConfig(**fields)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -587,437 +514,6 @@ def read_config(name_or_path: str) -> TransformerConfig:
     """The config alone of a published model (`CONFIGS`), a directory, of which config.json is enough, or a .gguf file.
     Downloads nothing and reads no weights."""
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return directory_config(path)[0]
-    if path.suffix == ".gguf" and path.is_file():
-        return read_gguf(path)[0]
+    if path.is_dir() or path.suffix == ".gguf" and path.is_file():
+        return config_from(read_fields(path), path)
     return TransformerConfig.from_name(name_or_path)
-
-
-def _require(raw: dict, **allowed):
-    """Refuses settings of a config.json that this transformer does not compute."""
-    for field, values in allowed.items():
-        if field in raw and raw[field] not in values:
-            raise ValueError(f"{field} = {raw[field]!r} is not supported; expected {' or '.join(map(repr, values))}")
-
-
-def gpt2_config(raw: dict) -> TransformerConfig:
-    _require(raw, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-             scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,), tie_word_embeddings=(True,))
-    d_model = raw["n_embd"]
-    return TransformerConfig(
-        vocab_size=raw["vocab_size"], n_layer=raw["n_layer"], n_head=raw["n_head"], d_model=d_model,
-        d_ff=raw.get("n_inner") or 4 * d_model, max_len=raw["n_positions"], norm="layernorm",
-        norm_eps=raw.get("layer_norm_epsilon", 1e-5), positions="learned", mlp="gelu", attention_bias=True,
-        mlp_bias=True, tied_head=True)
-
-
-def llama_config(raw: dict) -> TransformerConfig:
-    _require(raw, hidden_act=("silu",))
-    rope = raw.get("rope_parameters")  # since transformers 5; two fields before
-    rope = rope or (raw.get("rope_scaling") or {}) | {"rope_theta": raw.get("rope_theta", 10000.0)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope scaling '{kind}' is not supported; expected 'default' or 'llama3'")
-    scaling = None
-    if kind == "llama3":
-        scaling = {"rope_type": "llama3"} | {key: rope[key] for key in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    return TransformerConfig(
-        vocab_size=raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=raw["num_attention_heads"],
-        n_kv_head=raw.get("num_key_value_heads") or 0, head_dim=raw.get("head_dim") or 0, d_model=raw["hidden_size"],
-        d_ff=raw["intermediate_size"], max_len=raw["max_position_embeddings"], norm_eps=raw["rms_norm_eps"],
-        attention_bias=raw.get("attention_bias") or False, mlp_bias=raw.get("mlp_bias") or False,
-        tied_head=raw.get("tie_word_embeddings") or False, rope_theta=rope.get("rope_theta", 10000.0),
-        rope_scaling=scaling)
-
-
-GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "attn_norm", "ln_2": "mlp_norm",
-              "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
-               "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
-
-
-def split_block(key: str, blocks: str) -> tuple[str, str]:
-    """A name without its block: "h.3.mlp.c_fc.weight", whose `blocks` is "h." -> "blocks.3.", "mlp.c_fc.weight"."""
-    if not key.startswith(blocks):
-        return "", key
-    _, number, rest = key.split(".", 2)
-    return f"blocks.{number}.", rest
-
-
-def gpt2_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
-    """Hugging Face's GPT-2 names -> ours. Its Conv1D keeps (in, out): transposed. Its c_attn is q, k, v: split."""
-    key = key.removeprefix("transformer.")
-    if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
-        return  # the causal mask, stored as if it were a weight; the head is the embedding
-    prefix, key = split_block(key, "h.")
-    key, _, kind = key.rpartition(".")
-    if key.startswith(("attn.", "mlp.")) and kind == "weight":
-        tensor = tensor.t()
-    if key == "attn.c_attn":
-        for name, part in zip("qkv", tensor.chunk(3)):
-            yield f"{prefix}attn.{name}_proj.{kind}", part.contiguous()
-    else:
-        yield f"{prefix}{GPT2_NAMES.get(key, key)}.{kind}", tensor.contiguous()
-
-
-def llama_weights(key: str, tensor: torch.Tensor, config: TransformerConfig):
-    """Hugging Face's Llama names -> ours."""
-    if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight" and config.tied_head:
-        return  # computed from the config; the embedding
-    prefix, key = split_block(key.removeprefix("model.").replace("lm_head", "head"), "layers.")
-    first, dot, rest = key.partition(".")
-    yield f"{prefix}{LLAMA_NAMES.get(first, first)}{dot}{rest}", tensor
-
-
-# ------------------------------------------------------------------------------------------- .gguf files
-
-GGUF_NAMES = {"token_embd": "embed", "output_norm": "norm", "output": "head", "attn_norm": "attn_norm",
-              "ffn_norm": "mlp_norm", "attn_q": "attn.q_proj", "attn_k": "attn.k_proj", "attn_v": "attn.v_proj",
-              "attn_output": "attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-              "ffn_down": "mlp.down_proj"}
-
-
-def read_gguf(path: Path):
-    """Config and weights, as (name, tensor) pairs, of a .gguf file; quantised weights are dequantised."""
-    from gguf.quants import dequantize
-    reader = open_gguf(path)
-    field = partial(gguf_field, reader, path)
-    family = field("general.architecture")
-    if family != "llama":
-        raise UserError(f"{path}: architecture '{family}' is not supported in .gguf files; llama is")
-    if field("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: rope scaling '{field('llama.rope.scaling.type')}' is not supported in .gguf files")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    get = lambda tensor: torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())  # noqa: E731
-    with reading(path):
-        n_head, scaling = field("llama.attention.head_count"), None
-        if "rope_freqs.weight" in tensors:
-            scaling = {"rope_type": "factors", "factors": get(tensors.pop("rope_freqs.weight")).tolist()}
-        if "token_embd.weight" not in tensors:
-            raise UserError("the tensor token_embd.weight is missing")
-        config = TransformerConfig(
-            vocab_size=int(tensors["token_embd.weight"].shape[1]), n_layer=field("llama.block_count"), n_head=n_head,
-            n_kv_head=field("llama.attention.head_count_kv", n_head), head_dim=field("llama.attention.key_length", 0),
-            d_model=field("llama.embedding_length"), d_ff=field("llama.feed_forward_length"),
-            max_len=field("llama.context_length"), norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-            tied_head="output.weight" not in tensors, rope_theta=field("llama.rope.freq_base", 10000.0),
-            attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_up.bias" in tensors,
-            rope_scaling=scaling)
-
-    def weights():
-        for key, quantised in tensors.items():
-            with reading(path):
-                tensor = get(quantised)
-                prefix, key = split_block(key, "blk.")
-                name, _, kind = key.rpartition(".")
-                if name in ("attn_q", "attn_k") and len(tensor) % config.head_dim == 0:
-                    # llama.cpp keeps the two channels of a rotation next to each other, Hugging Face (and `rotate`)
-                    # half a head apart: (heads, S/2, 2, in) -> (heads, 2, S/2, in)
-                    shape = tensor.shape
-                    tensor = tensor.view(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-                yield f"{prefix}{GGUF_NAMES.get(name, name)}.{kind}", tensor
-    return config, weights()
-
-
-def gguf_field(reader, path: Path, key: str, *default):
-    """A value of a .gguf file's metadata. UserError where there is none and no default, or where it is broken."""
-    if key not in reader.fields and not default:
-        raise UserError(f"{path}: the metadata has no {key}")
-    with reading(path):
-        return reader.fields[key].contents() if key in reader.fields else default[0]
-
-
-def open_gguf(path: Path):
-    """gguf's reader of a file. Weights and tokenizer come from the same one, and parsing it takes seconds: it is kept,
-    as long as the file does not change."""
-    return _open_gguf(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _open_gguf(path: Path, changed: int):
-    from gguf import GGUFReader, GGUFValueType  # only those who use a .gguf pay for the import
-
-    class Reader(GGUFReader):
-        """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            found = GGUFReader._get(self, offset, dtype, count, override_order)
-            if not found.size and count:
-                raise ValueError(f"there is nothing at byte {offset}, where {count} values should be")
-            return found
-
-        def _get_field_parts(self, offset, kind, *more):
-            if kind == GGUFValueType.ARRAY and self._get(offset + 4, "uint64")[0] > 2**20:
-                raise ValueError(f"a list at byte {offset} is longer than any vocabulary")
-            return super()._get_field_parts(offset, kind, *more)
-
-    with reading(path):
-        return Reader(path)
-
-
-# --------------------------------------------------------------------------------------------- tokenizer
-
-# Byte-pair encoding (BPE) cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How
-# words are cut is a property of each tokenizer, by llama.cpp's name for it:
-SPLIT = {
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-
-
-class Tokenizer:
-    """Text <-> token ids, by tiktoken. `encode` treats all text as text: a special token's name has no power."""
-
-    def __init__(self, name: str, split: str, ranks: dict[bytes, int], special: dict[str, int], eos: int | None,
-                 bos: int | None = None):
-        import tiktoken
-        self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-        ids = [*ranks.values(), *(i for i in (eos, bos) if i is not None)]
-        self.smallest, self.largest = min(ids), max(ids)
-        self.split = split
-        # some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
-        self.tokenless = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-        self.special = special  # {name: id} of the tokens that no text encodes to
-        self.eos = eos  # ends a text
-        self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
-
-    def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()  # half of a character, \ud800, becomes "?"
-        drop = lambda piece: piece.encode().translate(None, self.tokenless)  # noqa: E731
-        if not self.tokenless or len(drop(text)) == len(text.encode()):
-            return self.encoding.encode_ordinary(text)
-        # As Hugging Face does: bytes without a token vanish after the split into words and before the merges.
-        # (tiktoken would abort.)
-        import regex
-        words = (drop(match.group()) for match in regex.finditer(self.split, text))
-        return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode(ids)
-
-
-def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer of a model (names as in `Transformer.from_pretrained`): byte-level BPE, from a .gguf file,
-    tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
-    path = find_model(name_or_path)
-    if path.suffix == ".gguf":
-        file, load = path, gguf_tokenizer
-    elif (path / "tokenizer.json").exists():
-        file, load = path / "tokenizer.json", json_tokenizer
-    else:
-        file, load = path / ("vocab.json" if (path / "vocab.json").exists() else "encoder.json"), gpt2_tokenizer
-    with reading(file):
-        tokenizer, size = load(file)
-        # else some later step would ask for a row of the embedding that is not there
-        if tokenizer.smallest < 0 or tokenizer.largest >= size:
-            raise UserError(f"ids from {tokenizer.smallest} to {tokenizer.largest}, but the model has a vocabulary of "
-                            f"{size}: not its tokenizer")
-    return tokenizer
-
-
-def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
-    """A tokenizer.json's tokenizer, and the size of the vocabulary that its model has."""
-    raw, directory = read_json(file), file.parent
-    model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
-        raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
-                        "SentencePiece tokenizers, such as Llama 2's, are not supported")
-    first, last = steps[0], steps[-1]
-    if last.get("add_prefix_space") or first.get("behavior", "Isolated") != "Isolated" or first.get("invert"):
-        raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
-    if kinds == ["ByteLevel"]:
-        split = SPLIT["gpt-2"]
-    elif kinds == ["Digits", "ByteLevel"] and first.get("individual_digits"):
-        split = SPLIT["smollm"]
-    elif kinds == ["Split", "ByteLevel"] and "Regex" in first["pattern"] and not last.get("use_regex", True):
-        split = first["pattern"]["Regex"]
-    else:
-        raise UserError(f"{file}: this way of splitting words is not supported: {kinds}")
-    special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    ranks = byte_ranks(model.get("vocab", {}), set(special), model.get("merges", []), file)
-    settings = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        if (directory / name).exists():
-            settings |= read_json(directory / name)
-    eos = settings.get("eos_token") or settings.get("eos_token_id")  # a name, a named dict, an id or a list of ids
-    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
-    eos = special.get(eos, eos if isinstance(eos, int) else None)
-    after = raw.get("post_processor") or {}
-    templates = [step for step in after.get("processors", [after]) if step.get("type") == "TemplateProcessing"]
-    bos = templates[0]["single"][0].get("SpecialToken", {}).get("id") if templates else None
-    return Tokenizer(directory.name, split, ranks, special, eos, special.get(bos)), model_vocabulary(directory)
-
-
-def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
-    merges = vocab.with_name("merges.txt" if vocab.name == "vocab.json" else "vocab.bpe")
-    if not vocab.exists() or not merges.exists():
-        model = vocab.with_name("tokenizer.model").exists()
-        kind = "; it has a SentencePiece model, which is not byte-level BPE" if model else ""
-        raise UserError(f"{vocab.parent}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
-    vocabulary, end = read_json(vocab), "<|endoftext|>"
-    special = {end: vocabulary[end]} if end in vocabulary else {}
-    lines = merges.read_text(encoding="utf-8").split("\n")
-    lines = [line for line in lines if line and not line.startswith("#version")]
-    ranks = byte_ranks(vocabulary, set(special), lines, merges)
-    return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end)), model_vocabulary(vocab.parent)
-
-
-def model_vocabulary(directory: Path) -> int | float:
-    """The vocab_size in config.json; without limit for a tokenizer that is on its own."""
-    config = directory / "config.json"
-    return read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
-
-
-def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
-    get = partial(gguf_field, open_gguf(file), file)
-    kind, split = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", None)
-    if kind != "gpt2" or split not in SPLIT:
-        raise UserError(f"{file}: tokenizer '{kind}' with splits '{split}' is not supported; expected 'gpt2' with "
-                        f"one of {', '.join(SPLIT)}")
-    NORMAL = 1  # gguf's type of a token that text can encode to
-    tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
-    special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    ranks = byte_ranks(vocabulary, set(special), get("tokenizer.ggml.merges"), file)
-    add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
-    bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
-    eos = get("tokenizer.ggml.eos_token_id", None)
-    return Tokenizer(file.stem, SPLIT[split], ranks, special, eos, bos), len(tokens)
-
-
-def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file: Path) -> dict[bytes, int]:
-    """{token as bytes: id}. tiktoken first merges the pair whose token has the lowest id; that is the order of
-    `merges` ("a b" or [a, b]) in every byte-level BPE file we know, and UserError for one where it is not."""
-    symbols = byte_symbols()
-    try:
-        ranks = {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
-        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
-    except KeyError as error:
-        raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
-    if len(set(vocabulary.values())) < len(vocabulary):
-        raise UserError(f"{file}: two tokens of its vocabulary have the same id")
-    if merged != sorted(merged):
-        raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
-    return ranks
-
-
-def byte_symbols() -> dict[str, int]:
-    """GPT-2's alphabet: a printable character for each of the 256 bytes. Bytes without one get chr(256), ..."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-# ------------------------------------------------------------------------- back to Hugging Face's layout
-
-def hugging_face_name(name: str, config: TransformerConfig) -> str:
-    """Our name of a layer or weight -> Hugging Face's (GPT2_NAMES, LLAMA_NAMES). GPT-2's q, k and v share c_attn."""
-    gpt2 = config.positions == "learned"
-    if name.startswith("head"):
-        return f"lm_{name}"
-    prefix = "transformer." if gpt2 else "model."
-    if name.startswith("blocks."):
-        _, layer, name = name.split(".", 2)
-        prefix += f"{'h' if gpt2 else 'layers'}.{layer}."
-    names = [(ours, theirs) for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items()]
-    names += [(f"attn.{part}_proj", "attn.c_attn") for part in "qkv" if gpt2]
-    return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
-
-
-def hugging_face_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face's names and in its shapes; a tied head is there once, as the embedding."""
-    parts = {}  # GPT-2's c_attn has three
-    for name, tensor in model.named_parameters():
-        theirs = hugging_face_name(name, model.config)
-        if theirs.startswith("transformer.h.") and tensor.dim() == 2:
-            tensor = tensor.t()  # Conv1D keeps (in, out)
-        parts.setdefault(theirs, []).append(tensor)
-    return {name: (torch.cat(several, -1) if len(several) > 1 else several[0]).contiguous()
-            for name, several in parts.items()}
-
-
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-                   "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")
-
-
-def save_pretrained(model: Transformer, directory, source: str) -> None:
-    """Writes `model` to `directory` in Hugging Face layout: config.json, model.safetensors and tokenizer files.
-
-    source: the model it was made from, as in `from_pretrained`; its tokenizer and the rest of its config go along.
-    Raises UserError while the model has adapters (merge them first), and for a target that is the source itself.
-    """
-    source, directory = find_model(str(source)), Path(directory)
-    if getattr(model, "adapter_config", None) is not None:
-        raise UserError("the model has adapters, which Hugging Face's layout has no place for; merge them first")
-    if directory.resolve() == source.resolve() or directory.is_file():
-        kind = "a file" if directory.is_file() else "the base"
-        raise UserError(f"{directory}: cannot write a model here, it is {kind}")
-    directory.mkdir(parents=True, exist_ok=True)
-    if source.suffix == ".gguf":
-        raw = write_gguf_tokenizer(source, directory) | llama_fields(model.config, source)
-    else:
-        raw = read_json(source / "config.json")
-        for old in TOKENIZER_FILES:
-            new = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}.get(old, old)
-            if (source / old).exists():
-                shutil.copyfile(source / old, directory / new)
-    tensors = {name: tensor.detach().cpu() for name, tensor in hugging_face_state(model).items()}
-    raw.pop("dtype", None)
-    raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
-    raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def llama_fields(config: TransformerConfig, source: Path) -> dict:
-    """The config.json of a Llama that came without one: `llama_config`, backwards."""
-    if config.rope_scaling is not None:
-        raise UserError(f"{source}: holds the finished divisors of its rotation speeds, and a config.json wants their "
-                        "recipe; export from the model's Hugging Face files instead")
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-            "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim, "hidden_size": config.d_model,
-            "intermediate_size": config.d_ff, "max_position_embeddings": config.max_len,
-            "rms_norm_eps": config.norm_eps, "attention_bias": config.attention_bias,
-            "mlp_bias": config.mlp_bias, "rope_theta": config.rope_theta}
-
-
-def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
-    """A .gguf file's tokenizer as tokenizer.json and tokenizer_config.json. Returns the ids that config.json names."""
-    get = partial(gguf_field, open_gguf(file), file)
-    tokenizer, tokens = load_tokenizer(file), get("tokenizer.ggml.tokens")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.split}, "behavior": "Isolated", "invert": False}
-    steps = {"gpt-2": [byte_level], "smollm": [{"type": "Digits", "individual_digits": True}, byte_level],
-             "llama-bpe": [split, byte_level | {"use_regex": False}]}[get("tokenizer.ggml.pre")]
-    special = [{"id": i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False} for token, i in tokenizer.special.items()]
-    first = None  # the token that stands before every text
-    if tokenizer.bos is not None:
-        name = tokens[tokenizer.bos]
-        single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        first = {"type": "TemplateProcessing", "single": single,
-                 "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
-                 "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]}}}
-    (directory / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": first, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": get("tokenizer.ggml.pre") == "llama-bpe",
-                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": get("tokenizer.ggml.merges")}},
-        ensure_ascii=False), encoding="utf-8")
-    ids = {name: get(f"tokenizer.ggml.{key}_token_id", None) for name, key in (
-        ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
-    settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
-                 "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template", None)}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return {f"{name}_token_id": i for name, i in ids.items() if name != "unk" and i is not None}

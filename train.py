@@ -44,12 +44,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, Packed, Question, pack, training_question
-from data.download import Flags, UserError, claim, read_json, run_command, unwritable
-from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare
-from eval import (UNIMPORTANT, accuracy_key, device_problems, evaluate, log_likelihoods, pick_device, task_names,
-                  write_json)
+from data.cli import Flags, device_problems, pick_device, run_command
+from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
+from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
+from eval import UNIMPORTANT, accuracy_key, evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
-                    inject_adapters, load_adapter, read_tensors, save_adapter, write_tensors)
+                    inject_adapters, load_adapter, save_adapter)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
 
 

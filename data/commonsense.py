@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.download import UserError
+from data.files import UserError
 
 FORMS = ("cloze", "label")
 

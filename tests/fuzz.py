@@ -25,7 +25,8 @@ from conftest import write_gpt2, write_llama  # noqa: E402
 from test_model import write_gguf  # noqa: E402
 
 from data.commonsense import FORMS, scoring_questions, training_question  # noqa: E402
-from data.download import Flags, UserError  # noqa: E402
+from data.cli import Flags  # noqa: E402
+from data.files import UserError  # noqa: E402
 from data.prepare import load_records, prepare  # noqa: E402
 from gatera import AdapterConfig, adapter_state, export_peft, inject_adapters, load_adapter, save_adapter  # noqa: E402
 from model import Transformer, load_tokenizer  # noqa: E402

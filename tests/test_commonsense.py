@@ -5,7 +5,7 @@ import pytest
 
 from data.commonsense import (Question, cloze_form, encode, instruction, label_form, label_names, pack,
                               scoring_questions, to_text, training_question)
-from data.download import UserError
+from data.files import UserError
 from data.prepare import TASKS, _from_llm_adapters, load_records
 from model import load_tokenizer
 

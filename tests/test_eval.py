@@ -14,10 +14,11 @@ import torch
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
 from data.commonsense import label_names, scoring_questions, to_text
-from data.download import UserError
+from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
 from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, save_adapter
-from model import Transformer, load_tokenizer, save_pretrained
+from data.weights import save_pretrained
+from model import Transformer, load_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "commonsense"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data.commonsense import Question, pack
-from data.download import UserError
+from data.files import UserError
 from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, adapters_off,
                     cached_products, gate_entropy, gate_values,
                     gated_layers, inject_adapters, load_adapter, merge_adapters, save_adapter)

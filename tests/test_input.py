@@ -28,7 +28,8 @@ import fuzz
 import train
 from conftest import VOCAB, write_gpt2, write_llama
 from data import download, prepare
-from data.download import UserError, run_command
+from data.cli import run_command
+from data.files import UserError
 from gatera import AdapterConfig, inject_adapters, load_adapter, save_adapter
 from model import Transformer, load_tokenizer
 

@@ -7,8 +7,9 @@ import torch
 
 from conftest import VOCAB, write_gpt2, write_llama
 from data.commonsense import Question, pack
-from data.download import UserError
-from model import SPLIT, Transformer, TransformerConfig, byte_symbols, compile_blocks, load_tokenizer
+from data.files import UserError
+from data.tokenizer import SPLIT, byte_symbols
+from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=16)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data.download import UserError
+from data.files import UserError
 from gatera import gate_entropy, inject_adapters
 from model import Transformer
 from test_resume import PROCESSES, SAMPLE

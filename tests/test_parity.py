@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
-from data.download import UserError
+from data.files import UserError
 from gatera import (METHODS, AdapterConfig, adapter_state, export_peft, gated_layers, inject_adapters, load_adapter,
                     merge_adapters, save_adapter)
-from model import (SPLIT, Transformer, TransformerConfig, gguf_tokenizer, hugging_face_name, inverse_frequencies,
-                   load_tokenizer, open_gguf, save_pretrained)
+from data.gguf import open_gguf
+from data.tokenizer import SPLIT, gguf_tokenizer
+from data.weights import hugging_face_name, save_pretrained
+from model import Transformer, TransformerConfig, inverse_frequencies, load_tokenizer
 
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -68,9 +70,9 @@ MATRIX = {
 
 def to_ours(gradients, config):
     """{transformers' name: gradient} -> by our names: Conv1D transposed, c_attn split."""
-    from model import gpt2_weights, llama_weights
+    from data.weights import gpt2_weights, llama_weights
     rename = gpt2_weights if config.positions == "learned" else llama_weights
-    return {name: tensor for key, gradient in gradients.items() for name, tensor in rename(key, gradient, config)}
+    return {name: tensor for key, gradient in gradients.items() for name, tensor in rename(key, gradient, config.tied_head)}
 
 
 @pytest.mark.parametrize("kind", MATRIX)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import write_llama
-from data.download import UserError
+from data.files import UserError
 from gatera import load_adapter
 from model import Transformer
 from test_train import SAMPLE, adapter, metrics

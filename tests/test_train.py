@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from conftest import write_gpt2, write_llama
-from data.download import UserError
+from data.files import UserError
 from gatera import AdapterConfig, gated_layers, inject_adapters, load_adapter
 from model import Transformer
 

@@ -1,0 +1,84 @@
+"""What both programs share on the command line: flags, the device and its dtype, one line for an error."""
+import argparse
+import difflib
+import re
+import sys
+
+import torch
+
+from data.files import UserError
+
+
+class Flags(argparse.ArgumentParser):
+    """argparse, but for its errors: they are collected, and an unknown flag gets the closest that there is."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.wrong = []
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's takes -1e-3 for a flag
+
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The values of the flags, and as `wrong` what is wrong with them, one text each; there a default stands."""
+        self.wrong = []
+        known, unknown = self.parse_known_args(argv)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        # the value of an unknown flag is no error of its own
+        for word in [word for word in unknown if word.startswith("--")] or unknown:
+            close = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.8)
+            hint = f" (did you mean {close[0]}?)" if close else "; see --help"
+            self.wrong.append(f"unknown argument {word}{hint}")
+        known.wrong = self.wrong
+        return known
+
+    def error(self, message: str):  # what is left of argparse's own: a flag without its value
+        raise UserError("; ".join([*self.wrong, f"{message.removeprefix('argument ')}; see --help"]))
+
+    def _get_values(self, action, words):
+        """argparse's hook that makes words into a value."""
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "a value")
+        if action.choices:
+            kind = f"one of {', '.join(action.choices)}"
+        try:
+            if "" in words:  # as in --data "$UNSET"
+                raise ValueError
+            return super()._get_values(action, words)
+        except (argparse.ArgumentError, ValueError):
+            self.wrong.append(f"{action.option_strings[0]} {' '.join(words)}: expected {kind}")
+            return action.default
+
+
+def run_command(main) -> None:
+    """Runs a program's main(); what a user can mend becomes one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal has no character for
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except (UserError, OSError) as error:  # an OSError names its file: no permission, disk full, ...
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        sys.exit(130)
+
+
+def device_problems(name: str) -> list[str]:
+    """What is wrong with --device, one text or none."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        return [f"--device {name}: expected auto, cpu, cuda or cuda:N"]
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        return [f"--device {name}: no such CUDA GPU here, of {torch.cuda.device_count()}; use --device cpu"]
+    return []
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
+    compute in it, float16 on older ones."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    old = where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "float16" if old else "bfloat16"
+    if dtype == "bfloat16" and old:
+        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
+                        "float32")
+    return where, getattr(torch, dtype)

@@ -1,0 +1,156 @@
+"""Files: reading what others wrote, writing so that nothing is ever half there, one writer at a time, and tensors with
+a checksum. What goes wrong with a file is one clear line, a UserError, and no traceback."""
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+class UserError(Exception):
+    """One clear line: what is wrong, what was expected, what to do. Programs print it and exit with status 2."""
+
+
+def is_number(value, least: float, most: float) -> bool:
+    """Whether `value`, which may come from a file and be anything, is a number from `least` to `most`; nan is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@contextlib.contextmanager
+def reading(file: Path):
+    """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
+    names the file: there are more ways to damage a file than checks for them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    except Exception as error:  # with its cause, which may be a mistake of ours, for those who call from Python
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
+
+
+def first_line(error: Exception) -> str:
+    """An error of some library in one line without secrets: addresses may hold a password or a signed query."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?'\")]*)(?:\?[^\s'\")]*)?", r"\1\2", line)
+    return re.sub(r"\bhf_\w+", "hf_...", line)[:200]
+
+
+def parse_json(content: bytes, where) -> object:
+    """What `content` says. UserError, which begins with `where`, if it is not JSON in UTF-8."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: byte {error.start} is not UTF-8") from None
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested without end
+        raise UserError(f"{where}: not valid JSON ({first_line(error)})") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; UserError if there is none."""
+    try:
+        raw = parse_json(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not found") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
+    return raw
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_atomically(path: Path, write) -> None:
+    """`write(temporary path)`, then a rename: readers find the old file or the new one, never half of one. After a
+    power cut too: the contents are on the disk before they get their name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.umask(umask := os.umask(0))       # there is no other way to read it
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes for the owner alone
+        wait_for_disk(temporary)
+        os.replace(temporary, path)
+        wait_for_disk(path.parent)  # a directory's contents are its names
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def wait_for_disk(path: Path) -> None:
+    """Returns when a file's contents, or a directory's names, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def unwritable(directory: Path, empty: bool = False) -> str | None:
+    """Why nothing can be written to a directory, which may not exist yet, or has to be `empty`; None if it can be."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        return f"{directory}: a file is there; expected a directory"
+    if empty and directory.exists() and any(directory.iterdir()):
+        return f"{directory}: the directory is not empty; expected a new or empty one"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{directory}: no permission to write to {there}"
+
+
+def claim(handle, directory: Path) -> None:
+    """Makes this process the one that writes to a directory, until `handle`, the directory or a file in it, is closed;
+    the kernel closes it when the process ends. UserError if there is another."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{directory}: another run is writing there; wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def json_lines(values: list[dict]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def write_json(path: Path, value) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+# --------------------------------------------------------------------------------- tensors with a checksum
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str) -> None:
+    """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"info": info, "sha256": checksum(tensors, info)}
+    write_atomically(file, lambda path: save_file(tensors, path, metadata))
+
+
+def read_tensors(file: Path, with_info: bool = False):
+    """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
+    it, "" in a file of others; UserError if the file is not there or not whole."""
+    if not file.exists():
+        raise UserError(f"{file}: not found")
+    with reading(file), safe_open(file, framework="pt") as handle:
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+        metadata = handle.metadata() or {}
+    info = metadata.get("info", "")
+    if metadata.get("sha256") not in (None, checksum(tensors, info)):
+        raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
+    return (tensors, info) if with_info else tensors
+
+
+def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
+    """SHA-256 of names, values and text: safetensors itself notices a file cut short, but not a flipped byte."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
