@@ -224,10 +224,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         refusals = {"missing": (404, "RepoNotFound"), "licence": (403, "GatedRepo"), "token": (401, "RepoNotFound"),
                     "forbidden": (403, None), "error": (500, None)}
         name = path.partition("/resolve/")[2].partition("/")[2]
+        mode = server.mode
+        if mode == "error soon" and path.startswith("/api/"):
+            server.mode = "error"  # from the next question on
         if path == "/":
             self.answer(b"")
-        elif server.mode in refusals:
-            status, code = refusals[server.mode]
+        elif mode in refusals:
+            status, code = refusals[mode]
             self.answer(b"{}", status, **({"X-Error-Code": code} if code else {}))
         elif path.startswith("/api/models/some/model/tree/"):
             self.answer(json.dumps([{"type": "file", "path": name, "size": len(content), "oid": COMMIT}
@@ -446,6 +449,25 @@ def test_a_hub_that_refuses_or_breaks_off_is_one_line_and_leaves_nothing_half(mo
     hub.server.mode = "well"  # and the next run gets it all
     assert find_model("some/model", weights=True) == hub.place
     assert (hub.place / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+
+
+def test_a_hub_that_fails_after_it_has_listed_the_files(hub, cache):
+    """huggingface_hub then returns what is there as if that were all of it."""
+    put(snapshot(cache, "some/model"), PARTS["no end of text"][0])
+    hub.server.mode = "error soon"
+    with pytest.raises(UserError, match="some/model: download failed .*run again"):
+        find_model("some/model")
+    assert hub.server.mode == "error"
+    hub.server.mode = "well"
+    assert find_model("some/model") == hub.place and (hub.place / "tokenizer_config.json").is_file()
+
+
+def test_of_several_processes_the_first_alone_fetches(hub, monkeypatch):
+    there = []  # when the first process lets the others go on
+    monkeypatch.setattr(train.Team, "wait", lambda team: there.append((hub.place / "model.safetensors").is_file()))
+    train.main(["--init", "some/model", "--data", str(SAMPLE), "--tasks", "boolq", "--out", "out", "--r", "2",
+                "--max-steps", "1", "--warmup", "0", "--validation", "1", "--device", "cpu"])
+    assert there and there[0]
 
 
 def test_a_download_that_breaks_off_goes_on(hub):
