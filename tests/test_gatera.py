@@ -137,8 +137,10 @@ def test_dropout_works_on_the_input_of_delta_and_only_in_training(method):
     for p, q in zip(adapter_state(without).values(), adapter_state(model).values()):
         p.data.copy_(q)
     assert torch.equal(model.eval()(IDS), without(IDS))
+    gates = gate_values(model)["blocks.0.attn.q_proj"]
     model.train()
     assert not torch.equal(model(IDS), model(IDS))
+    assert torch.equal(gate_values(model)["blocks.0.attn.q_proj"], gates)  # the gate reads the input whole
     set_gates(model, -1e4)  # the base's own path has no dropout
     assert torch.equal(model(IDS), tiny()(IDS))
 
@@ -209,15 +211,17 @@ def test_theorem_soft_gradient_masking(method, gate):
 
 # ------------------------------------------------------------------------------------ injection and files
 
-def test_injection_freezes_the_base_and_keeps_its_names():
-    model, before = tiny(), tiny().state_dict()
-    names = inject_adapters(model, AdapterConfig(r=4))
+@every
+def test_injection_freezes_the_base_and_keeps_its_names(method, gate):
+    model, before = tiny(), set(tiny().state_dict())
+    names = inject_adapters(model, AdapterConfig(method, gate, r=4))
     assert len(names) == 2 * 5 and all(isinstance(model.get_submodule(name), GatedLinear) for name in names)
-    assert set(before) <= set(model.state_dict())
+    assert set(model.state_dict()) == before | set(adapter_state(model))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_state(model))
-    # r (in + out) for A and B, in + 1 for the gate
-    assert sum(p.numel() for p in adapter_state(model).values()) == sum(
-        4 * sum(model.get_submodule(n).weight.shape) + model.get_submodule(n).weight.shape[1] + 1 for n in names)
+    sides = [model.get_submodule(name).weight.shape for name in names]
+    expected = sum(4 * (rows + columns) + rows * (method == "dora")
+                   + {"none": 0, "static": 1, "token": columns + 1}[gate] for rows, columns in sides)
+    assert sum(p.numel() for p in adapter_state(model).values()) == expected
 
 
 @pytest.mark.parametrize("name, gate, share", [
@@ -240,6 +244,14 @@ def test_the_same_seed_starts_every_method_with_the_same_A():
         inject_adapters(model, AdapterConfig(method, gate, r=4))
         starts.append(torch.cat([layer.A.flatten() for layer in gated_layers(model).values()]))
     assert all(torch.equal(start, starts[0]) for start in starts)
+
+
+def test_A_starts_as_pefts_does():
+    """Uniform up to 1 / sqrt(in)."""
+    torch.manual_seed(0)
+    A = GatedLinear(nn.Linear(4096, 32), AdapterConfig("lora", "none", r=32)).A.detach()
+    assert 0.999 < 64 * A.abs().max() <= 1 and 64 * A.std() == pytest.approx(3**-0.5, rel=0.01)
+    assert abs(64 * A.mean()) < 0.01
 
 
 @pytest.mark.parametrize("options, message", [
@@ -342,7 +354,7 @@ def test_adapters_can_be_switched_off_and_on(method, gate):
     model = adapted(method, gate)
     with_adapters = model(IDS)
     with adapters_off(model):
-        assert torch.equal(model(IDS), tiny()(IDS))
+        assert torch.equal(model(IDS), tiny()(IDS)) and gate_values(model) == {}
     assert torch.equal(model(IDS), with_adapters)
 
 
@@ -354,6 +366,14 @@ def test_cached_products_give_the_same_logits(gate, skip_closed, monkeypatch):
         monkeypatch.setattr(GatedHadamard, "apply", None)  # the products are not made again
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
     assert all(layer.dense is None for layer in gated_layers(model).values())
+
+
+def test_cached_products_take_no_gradient_away():
+    model = adapted("hira", "token")
+    whole = torch.autograd.grad(model(IDS).square().sum(), list(adapter_state(model).values()))
+    with cached_products(model):
+        cached = torch.autograd.grad(model(IDS).square().sum(), list(adapter_state(model).values()))
+    assert all(torch.equal(a, b) for a, b in zip(whole, cached))
 
 
 def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
@@ -381,9 +401,10 @@ def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
     torch.testing.assert_close(gradients[0][0][~closed], gradients[1][0][~closed], rtol=0, atol=1e-12)
 
 
-def test_skipping_works_when_every_gate_is_closed():
-    model = adapted("hira", "token", skip_closed=0.1)
-    set_gates(model, -1e4)
+@pytest.mark.parametrize("logit, threshold", [(-1e4, 0.1), (0.0, 0.5)])  # closed: up to the threshold, which is 1/2
+def test_skipping_works_when_every_gate_is_closed(logit, threshold):
+    model = adapted("hira", "token", skip_closed=threshold)
+    set_gates(model, logit)
     logits = model(IDS)
     logits.square().mean().backward()
     assert torch.equal(logits, tiny()(IDS))
