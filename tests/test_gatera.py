@@ -313,6 +313,15 @@ def test_a_broken_adapter_is_refused_and_changes_nothing(message, tmp_path):
     assert torch.equal(model(IDS), before)
 
 
+def test_values_are_not_loaded_into_an_adapter_of_another_kind(tmp_path):
+    save_adapter(adapted("lora", "none", dtype=torch.float32, alpha=2.0), tmp_path)
+    model = adapted("lora", "none", dtype=torch.float32, alpha=4.0)  # the same shapes
+    before = model(IDS)
+    with pytest.raises(UserError, match="already has another adapter"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model(IDS), before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_ungated_adapters_keeps_the_logits(method):
     model = adapted(method, "none", family="gpt2")

@@ -249,7 +249,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("family, targets", [
-    ("llama", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("llama", r".*\.(up|down)_proj"), ("gpt2", ["c_attn"]),
+    ("llama", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("llama", r".*\.(up|down)_proj|.*\.q"), ("gpt2", ["c_attn"]),
     ("gpt2", ["c_attn", "c_fc", "c_proj"]), ("gpt2", ["mlp.c_proj"])], ids=str)
 @pytest.mark.parametrize("kind", TRAINED)
 def test_adapters_trained_and_saved_by_peft_load(kind, family, targets, request, theirs, tmp_path):
