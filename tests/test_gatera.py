@@ -1,5 +1,6 @@
 """The method against its own equations: every number here is computed a second, plainer way."""
 import json
+import warnings
 
 import pytest
 import torch
@@ -266,6 +267,11 @@ def test_impossible_adapters_are_refused(options, message):
     assert message in str(caught.value)
 
 
+def test_a_target_is_a_whole_name():
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})
+    assert inject_adapters(model, AdapterConfig(r=2, targets=("proj",))) == ["proj"]
+
+
 def test_injecting_twice_is_refused():
     with pytest.raises(UserError, match="already has adapters"):
         inject_adapters(adapted("lora", "none"), AdapterConfig(r=4))
@@ -329,6 +335,17 @@ def test_merging_ungated_adapters_keeps_the_logits(method):
     merge_adapters(model)
     assert gated_layers(model) == {} and set(model.state_dict()) == set(tiny("gpt2").state_dict())
     torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
+
+
+def test_merging_warns_where_rounding_takes_the_update():
+    for dtype, lossy in ((torch.float32, False), (torch.bfloat16, True)):
+        model = adapted("hira", "none", dtype=dtype, trained=False)
+        for layer in gated_layers(model).values():
+            layer.B.data.fill_(1e-3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merge_adapters(model)
+        assert ["load the base in float32" in str(warning.message) for warning in caught] == [True] * lossy
 
 
 def test_merging_a_gated_adapter_is_refused():
