@@ -168,6 +168,16 @@ def test_entropy_equals_its_definition_and_survives_saturation():
     assert gate_entropy(ungated) == 0 and gate_values(ungated) == {}
 
 
+@every
+def test_gates_start_where_the_bias_says(method, gate):
+    model = adapted(method, gate, trained=False, gate_bias=1.5)
+    model(IDS)
+    values = gate_values(model)
+    assert list(values) == ([] if gate == "none" else list(gated_layers(model)))
+    for g in values.values():
+        torch.testing.assert_close(g, torch.sigmoid(torch.full(IDS.shape, 1.5, dtype=g.dtype)), rtol=0, atol=0)
+
+
 def test_the_entropy_term_pushes_a_gate_to_the_side_it_is_on():
     for logit, sign in ((0.5, -1), (-0.5, 1)):
         model = adapted("hira", "static")
@@ -348,9 +358,15 @@ def test_merging_warns_where_rounding_takes_the_update():
         assert ["load the base in float32" in str(warning.message) for warning in caught] == [True] * lossy
 
 
-def test_merging_a_gated_adapter_is_refused():
-    with pytest.raises(UserError, match="differs from token to token"):
-        merge_adapters(adapted("lora", "token"))
+@every
+def test_merging_a_gated_adapter_is_refused_and_changes_nothing(method, gate):
+    if gate == "none":
+        pytest.skip("can be merged")
+    model = adapted(method, gate)
+    before = model(IDS)
+    with pytest.raises(UserError, match="gated adapter cannot be merged"):
+        merge_adapters(model)
+    assert torch.equal(model(IDS), before)
 
 
 # ------------------------------------------------------------------------------------------- torch.compile
