@@ -13,10 +13,10 @@ import torch
 
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
-from data.commonsense import label_names, scoring_questions, to_text
+from data.commonsense import label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
-from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, save_adapter
+from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, load_adapter, save_adapter
 from data.weights import save_pretrained
 from model import Transformer, load_tokenizer
 
@@ -73,12 +73,18 @@ def plain_scores(logits_of, tokenizer, record, form):
     return scores
 
 
+def characters(record, form):
+    """Of each choice, for acc_norm; 1 where choices are labels, or what is scored is the same text for all."""
+    if form == "label" or record["task"] in ("boolq", "winogrande"):
+        return [1] * len(record["choices"])
+    return [len(without_tags(choice) if record["task"] == "hellaswag" else choice) for choice in record["choices"]]
+
+
 def check_against_plain_loop(predictions, records, logits_of, tokenizer, form, tolerance):
     for record, prediction in zip(records, predictions):
         expected = plain_scores(logits_of, tokenizer, record, form)
         assert prediction["scores"] == pytest.approx(expected, abs=tolerance)
-        lengths = [1 if record["task"] == "boolq" else len(answer.strip()) for _, answer in to_text(record, form)]
-        per_character = [score / n for score, n in zip(expected, lengths)]
+        per_character = [score / n for score, n in zip(expected, characters(record, form))]
         for name, values in (("prediction", expected), ("prediction_norm", per_character)):
             assert values[prediction[name]] >= max(values) - 2 * tolerance  # the best, up to ties
 
@@ -145,12 +151,15 @@ def test_smollm2_answers_better_than_chance(smollm):
     assert evaluation.evaluate(model, tokenizer, records, "cloze", quiet=True)["acc_norm"] >= 50
 
 
-def test_acc_norm_divides_by_characters(llama, monkeypatch):
-    """As lm-evaluation-harness does: by the length of the choice as text, not by its tokens or bytes."""
-    record = {"task": "piqa", "question": "q", "choices": ["éééé", "abcdef"], "label": 0}
-    monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, questions: [[-4.0, -5.0]])
+@pytest.mark.parametrize("task, choices", [
+    ("piqa", ["éééé", "abcdef"]),              # not by tokens or bytes: -4/8 would win
+    ("piqa", ["abcd", "abcd  "]),              # PIQA's choices carry spaces, and those count: -4.5/4 would lose
+    ("hellaswag", ["abcd", "[step] abcd"])])   # and so does the one that a mark leaves behind
+def test_acc_norm_divides_by_the_characters_that_the_harness_counts(task, choices, llama, monkeypatch):
+    record = {"task": task, "question": "q", "choices": choices, "label": 0}
+    monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, questions: [[-4.0, -4.5]])
     prediction, = evaluation.rank_choices(None, load_tokenizer(llama), [record], "cloze", 512)
-    assert (prediction["prediction"], prediction["prediction_norm"]) == (0, 1)  # -4/4 < -5/6; by bytes -4/8 would win
+    assert (prediction["prediction"], prediction["prediction_norm"]) == (0, 1)
 
 
 def test_a_long_prompt_is_cut_and_counted(llama):
@@ -337,6 +346,29 @@ def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
     program(*common, "--run", tmp_path / "adapter", "--out", tmp_path / "with")
     program(*common, "--out", tmp_path / "without")
     assert read_predictions(tmp_path / "with") != read_predictions(tmp_path / "without")
+
+
+def scores_in(out):
+    return [p["scores"] for p in read_predictions(out)]
+
+
+def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_path):
+    exact, skipping = program("--run", run), program("--run", run, "--skip-closed", 0.5)
+    out = run / "eval"
+    assert scores_in(out / "best-cloze-skip0.5") != scores_in(out / "best-cloze")
+    assert exact["configuration"] != skipping["configuration"]
+    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("eval"))  # trained with it
+    load_adapter(model := Transformer.from_pretrained(llama), run / "best")
+    inject_adapters(skips := Transformer.from_pretrained(llama), AdapterConfig(r=4, skip_closed=0.5))
+    for p, q in zip(adapter_state(skips).values(), adapter_state(model).values()):
+        p.data = q.data
+    save_adapter(skips, other / "best")
+    assert program("--run", other)["configuration"] == skipping["configuration"]
+    program("--run", other, "--skip-closed", 0)
+    assert scores_in(other / "eval" / "best-cloze") == scores_in(out / "best-cloze-skip0.5")
+    assert scores_in(other / "eval" / "best-cloze-skip0.0") == scores_in(out / "best-cloze")
+    with pytest.raises(UserError, match="skip_closed"):
+        program("--run", write_run(tmp_path / "static", llama, gate="static"), "--skip-closed", 0.1)
 
 
 @pytest.mark.parametrize("argv, message", [

@@ -120,7 +120,7 @@ CASES = [
     # flags: unknown, malformed, without a value, of another program, several wrong at once
     ("train", "--lrr 1", "unknown argument --lrr (did you mean --lr?)"),
     ("train", "--bath 8 --r x --lr -1",
-     "--r x: expected a whole number; unknown argument --bath (did you mean --batch?); --lr -1.0: expected"),
+     "unknown argument --bath (did you mean --batch?); --r x: expected a whole number; --lr -1.0: expected"),
     ("train", "--protocol cloze", "unknown argument --protocol; see --help"),
     ("train", "piqa", "unknown argument piqa"),
     ("train", "--lr", "--lr: expected one argument; see --help"),
