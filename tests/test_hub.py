@@ -17,6 +17,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluation
 import train
@@ -25,6 +26,7 @@ from data import download
 from data.download import HUB_IDS, find_model, hub_id
 from data.files import UserError
 from data.hub import hub_reachable
+from gatera import load_adapter, merge_adapters
 from model import CONFIGS, Transformer, TransformerConfig, load_tokenizer, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -477,3 +479,63 @@ def test_a_download_that_breaks_off_goes_on(hub):
     hub.server.mode = "cut once"
     assert find_model("some/model", weights=True) == hub.place
     assert (hub.place / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+
+# ------------------------------------------------------------------------------------- whole runs, offline
+
+SIZES = {"n_layer", "n_embd", "n_head", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+         "num_key_value_heads", "head_dim"}
+
+
+def make_small(directory: Path, model: str, **options):
+    """A published model's metadata, with weights of which only the vocabulary and the context have their real size."""
+    files = {file.name: file for file in (HUB_FILES / model).iterdir()}
+    config = json.loads(files["config.json"].read_text())
+    if "n_embd" in config:
+        write_gpt2(directory, vocab=config["vocab_size"], context=config["n_positions"], **options)
+    else:
+        write_llama(directory, vocab=config["vocab_size"], tied=config["tie_word_embeddings"], **options)
+    small = json.loads((directory / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    for name, file in files.items():
+        if name != INDEX:  # its shards are not these
+            shutil.copyfile(file, directory / name)
+    config |= {name: small[name] for name in SIZES & set(small)}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@needs_hub_files
+@pytest.mark.parametrize("name, repo_id, model, options", [
+    ("gpt2-medium", "openai-community/gpt2-medium", "gpt2", {"prefix": ""}),  # as OpenAI's file names its weights
+    ("gpt2-medium", "gpt2-medium", "gpt2", {}),
+    ("./llama", None, "llama-3.2-3b", {"shards": 2}),
+    ("./tinyllama", None, "tinyllama-1.1b-chat", {}),
+    ("microsoft/DialoGPT-medium", "microsoft/DialoGPT-medium", "dialogpt-medium", {}),
+])
+def test_training_evaluation_and_export_on_real_metadata(name, repo_id, model, options, cache, capsys):
+    directory = Path(name) if repo_id is None else snapshot(cache, repo_id)
+    make_small(directory, model, **options)
+    assert find_model(name, weights=True) == directory
+
+    # The headline command, made short, and the papers' way to evaluate
+    common = ["--tasks", "boolq", "--data", str(SAMPLE), "--device", "cpu"]
+    short = ["--r", "2", "--max-steps", "2", "--warmup", "1", "--batch", "2", "--validation", "1", *common]
+    train.main(["--init", name, "--peft", "gatera", *short, "--out", "out/gated"])
+    summary = evaluation.main(["--run", "out/gated", "--protocol", "generate", "--limit", "2", *common])
+    assert summary["configuration"]["base"] == name
+    [predictions] = Path("out/gated/eval").glob("*/predictions.jsonl")
+    assert len(predictions.read_text().splitlines()) == 2
+    evaluation.main(["--run", "out/gated", "--prompt", "Is the Nile in Africa?", "--device", "cpu"])
+
+    # An ungated run in Hugging Face layout is the merged model
+    train.main(["--init", name, "--peft", "hira", "--lr", "0.1", *short, "--out", "out/plain"])
+    evaluation.main(["--run", "out/plain", "--export", "hf", "exported", "--device", "cpu"])
+    exported, merged = Transformer.from_pretrained("exported"), Transformer.from_pretrained(name)
+    tokenizer = load_tokenizer("exported")
+    ids = torch.tensor([load_tokenizer(name).encode("Is the Nile in Africa?\n\nAnswer: 12345 it's")])
+    assert ids.tolist() == [tokenizer.encode("Is the Nile in Africa?\n\nAnswer: 12345 it's")]
+    assert (tokenizer.bos, tokenizer.eos) == (load_tokenizer(name).bos, load_tokenizer(name).eos)
+    base = merged(ids)
+    load_adapter(merged, "out/plain/best")
+    merge_adapters(merged)
+    assert torch.equal(exported(ids), merged(ids)) and (exported(ids) - base).abs().max() > 1e-4
