@@ -42,6 +42,7 @@ from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
+from data.download import find_model
 from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
 from eval import UNIMPORTANT, accuracy_key, evaluate, log_likelihoods
@@ -56,7 +57,7 @@ from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer
 class Config:
     """Every setting. The comment of a field is its --help; the defaults are the paper's recipe."""
     preset: str = ""                # a named set of other defaults: quickstart
-    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, a .gguf file
+    init: str = "gpt2-medium"       # base: gpt2, smollm2-135m, llama-3-8b, ..., a hub id, a directory, a .gguf file
     out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
     resume: str = ""                # go on with the run in this directory, with its settings
     # the method
@@ -252,7 +253,9 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     tokenizer = load_tokenizer(c.init)
     if tokenizer.eos is None:
         raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
+    read_config(c.init)  # a model is refused, if at all, before its data and its weights are downloaded
     train_records, validation_records, test_records = load_data(c)
+    find_model(c.init, weights=True)
     if team.rank == 0:
         team.wait()  # everything is there: the others may go on
 

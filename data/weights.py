@@ -14,9 +14,10 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data.download import find_model, shards
+from data.download import find_model
 from data.files import UserError, read_json, reading
 from data.gguf import GGUF, split_block
+from data.hub import shards
 from data.tokenizer import write_gguf_tokenizer
 
 # ------------------------------------------------------------------------------------------------ the config
