@@ -46,6 +46,8 @@ def test_a_run_learns_and_leaves_what_it_promises(peft, gate, llama, tmp_path, c
     assert lines[0]["config"]["peft"] == peft and lines[0]["torch"] == torch.__version__
     logged = [line for line in lines if "loss" in line]
     assert logged[-1]["loss"] < logged[0]["loss"]
+    assert [line["step"] for line in logged] == [0, 2, 4, 6, 8, 10, 12, 14, 15] and results["steps"] == 16
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 5, 8, 11, 14, 15]
     assert ("gate_prompt" in logged[0]) == (gate != "none")
     assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_s"] > 0 for line in logged)
     assert set(results["tasks"]) == {"piqa", "boolq"} and results["best_validation_loss"] > 0
@@ -89,6 +91,13 @@ def test_micro_batches_and_checkpointing_do_not_change_what_is_learnt(flags, lla
             assert (key in a) == (key in b)
             if key in a:
                 assert a[key] == pytest.approx(b[key], rel=2e-4)
+
+
+def test_the_entropy_is_a_mean_over_tokens_and_its_weight_lowers_it(llama, tmp_path):
+    run(tmp_path / "run", llama, "--entropy-weight", "5", "--gate-lr", "0.1", "--micro-batch", "3", "--log-every", "1")
+    entropies = [line["entropy"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert entropies[0] == pytest.approx(math.log(2), rel=1e-5)  # every gate is 1/2
+    assert entropies[-1] < 0.6
 
 
 def test_every_step_has_a_dropout_mask_of_its_own(llama, tmp_path):
