@@ -14,11 +14,8 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))
-try:
-    from data.pictures import draw_training
-    from data.results import bootstrap
-except ImportError:
-    from eval import bootstrap, draw_training
+from data.pictures import draw_training  # noqa: E402
+from data.results import bootstrap  # noqa: E402
 
 
 TITLES = {"boolq": "BoolQ", "piqa": "PIQA", "openbookqa": "OpenBookQA"}
