@@ -11,7 +11,7 @@
 A run directory holds config.json (everything needed to repeat it), metrics.jsonl (a line for each logged step), the
 adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load_adapter read, and state.safetensors, by
 which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: the command line,
-interruptions and faults, several processes, the memory plan.
+interruptions and faults, several processes.
 """
 import dataclasses
 import hashlib
@@ -36,20 +36,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.download import find_model
-from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
+from data.files import UserError, claim, move_aside, read_json, read_tensors, unwritable, write_json, write_tensors
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
 from data.results import UNIMPORTANT, accuracy_key
 from eval import evaluate, log_likelihoods
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
-                    inject_adapters, load_adapter, save_adapter)
-from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, inject_adapters,
+                    load_adapter, save_adapter)
+from model import Transformer, compile_blocks, load_tokenizer, read_config
 
 
 # ----------------------------------------------------------------------------------------- configuration
@@ -99,7 +98,6 @@ class Config:
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
-    plan: bool = False              # only print how much memory the run would need; reads no weights and no data
     fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
 
 
@@ -448,7 +446,7 @@ def check(c: Config) -> list[str]:
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
-        (not c.fsdp or "RANK" in os.environ or c.plan, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
+        (not c.fsdp or "RANK" in os.environ, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
     ]
     least = {1: ("batch", "epochs", "eval_every", "log_every", "save_every"),
              0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
@@ -484,9 +482,6 @@ def recorded_config(out: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
-    if c.plan:
-        print(plan(c))
-        return {}
     device, dtype = pick_device(c.device, c.dtype)
     team = Team.join(device)
     run, signals = Run(Path(c.out), team), Signals()
@@ -538,9 +533,7 @@ class Run:
         """Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
-            aside = next(path for i in itertools.count(1)
-                         if not (path := self.out.with_name(f"{self.out.name}-{i}")).exists())
-            self.out.rename(aside)
+            aside = move_aside(self.out)
             self.metrics.close()
             print(f"the earlier run in {self.out} is now in {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -709,77 +702,6 @@ class Team(NamedTuple):
         mesh = init_device_mesh(self.device.type, (self.size,))
         for module in (*base.blocks, base):  # one by one: no more than a block is whole on the device
             fully_shard(module, mesh=mesh, ignored_params=adapters)
-
-
-# ------------------------------------------------------------------------------------------------- the plan
-
-ANSWER_TOKENS = 10  # about as many as an answer has, in either form
-
-
-def kept_for_backward(config: TransformerConfig, c: Config, dtype: torch.dtype) -> int:
-    """Bytes that a forward of one record of max_len tokens keeps for its backward: those of a real forward, of fake
-    tensors, which have shapes and no memory."""
-    kept = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        # held on to, so that no other storage gets its number
-        kept[storage._cdata] = (storage, 0 if storage._cdata in own else storage.nbytes())
-        return tensor
-
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model = Transformer(config)
-        for module in model.modules():  # fake tensors know no model.to(dtype)
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
-        inject_adapters(model, dataclasses.replace(adapter_config(c), skip_closed=0.0))  # at worst, none is closed
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            row = torch.arange(c.max_len)[None]
-            logits = model(row, select=row[0, -ANSWER_TOKENS:])
-            F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)
-    return sum(size for _, size in kept.values())
-
-
-def plan(c: Config) -> str:
-    """The memory a run needs, from its configuration alone: a table for 1 to 8 processes, with and without --fsdp and
-    --checkpointing, for records that all have max_len tokens."""
-    config, (device, dtype) = read_config(c.init), pick_device(c.device, c.dtype)
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-        inject_adapters(model, adapter_config(c))
-    adapters, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
-    n_adapter, n_base = sum(p.numel() for p in adapters), sum(p.numel() for p in frozen)
-    # in bytes: the weights,
-    base = sum(p.nbytes for p in frozen)
-    block = sum(p.nbytes for p in model.blocks[0].parameters() if not p.requires_grad)
-    ends = base - config.n_layer * block            # what is before and after the blocks
-    training = 4 * sum(p.nbytes for p in adapters)  # values, gradients and AdamW's two moments
-    # and what a record's forward keeps
-    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
-    of_block, of_ends = two - one, 2 * one - two
-    of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
-    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
-    hira = c.peft in ("hira", "gatera")
-    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if hira else 0
-    program = 0.85 * 2**30 if device.type == "cpu" else 0  # Python, PyTorch and the heap's gaps, as measured
-
-    def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
-        records = c.micro_batch or math.ceil(c.batch / n)
-        inputs = c.max_len * config.d_model * dtype.itemsize  # of a block, which is all that checkpointing keeps
-        activations = of_block + config.n_layer * inputs if checkpointing else config.n_layer * of_block
-        weights = (base / n + ends + 2 * block) if fsdp else base  # of a block, and the next one
-        return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
-
-    lines = [f"{c.init}: {n_base:,} frozen parameters, {base / 2**30:.2f} GiB in {str(dtype).removeprefix('torch.')}; "
-             f"{c.peft}, gate {c.gate}, r {c.r}: {n_adapter:,} trainable, {training / 2**30:.2f} GiB with AdamW; a "
-             f"token's activations {(config.n_layer * of_block + of_ends) / c.max_len / 2**20:.2f} MiB",
-             f"GiB of a process with {c.micro_batch or f'{c.batch} / N'} records at a time of {c.max_len} tokens each:",
-             f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}"]
-    for n in (1, 2, 4, 8):
-        plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
-        lines.append(f"{n:>10} {plain:>10.1f} {less:>16.1f} " + (f"{spread:>10.1f} {both:>10.1f}" if n > 1 else ""))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
