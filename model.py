@@ -20,6 +20,7 @@ token's place is its index in the row, its position the index in its document.
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -367,39 +368,32 @@ class Transformer(nn.Module):
     # --------------------------------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
-                 temperature: float = 0.0, top_k: int | None = None, generator: torch.Generator | None = None,
-                 never: list[int] = ()) -> list[list[int]]:
-        """Continues each prompt (token ids, lengths may differ) by up to `max_new_tokens`, with a KV cache.
+    def decode(self, prompts: list[list[int]], max_new_tokens: int, never: list[int] = ()):
+        """Greedy decoding with a KV cache, step by step: yields the likeliest next token of each prompt, (B,), first
+        after all prompts (prefill), then after each of up to `max_new_tokens` new ones (decode).
 
-        temperature 0 takes the likeliest token; above 0 samples from softmax(logits / temperature), from the
-        `top_k` likeliest if given, by a `generator` of the model's device. Ids in `never`, such as rows of the
-        vocabulary that are no token, are not generated. Returns the new ids, without `stop`.
-        Raises ValueError for an empty prompt, one that leaves no room, or settings out of range.
+        Prompts are token ids; their lengths may differ. Ids in `never`, such as rows of the vocabulary that are no
+        token, are not chosen. Raises ValueError for an empty prompt, and for one that leaves no room.
         """
-        if temperature < 0 or top_k is not None and top_k < 1:
-            raise ValueError(f"temperature {temperature}, top_k {top_k}: out of range")
         ids, lengths, last, positions, cache = self._start(prompts, max_new_tokens)
-        device = ids.device
-        out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for step in range(max_new_tokens):
-            logits = self(ids, positions=positions, cache=cache, select=last).float()  # (B, V)
+        for step in range(max_new_tokens + 1):
+            logits = self(ids, positions=positions, cache=cache, select=last)       # (B, V)
             logits[:, list(never)] = -math.inf
-            if temperature == 0:
-                new = logits.argmax(-1)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)[:, 0]
-            out.append(new)
-            if stop is not None:
-                done |= new == stop
-                if done.all():
-                    break
-            ids, positions = new[:, None], (lengths + step)[:, None]    # from here on, a row is one token
-            last = torch.arange(len(prompts), device=device)
-        rows = torch.stack(out, dim=1).tolist() if out else [[] for _ in prompts]
+            new = logits.argmax(-1)
+            yield new
+            ids, positions = new[:, None], (lengths + step)[:, None]                # from here on, a row is one token
+            last = torch.arange(len(prompts), device=new.device)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
+                 never: list[int] = ()) -> list[list[int]]:
+        """Continues each prompt by up to `max_new_tokens` as `decode` does, until all have come to the token `stop`.
+        Returns the new ids, without `stop`."""
+        rows = [[] for _ in prompts]
+        for new in islice(self.decode(prompts, max_new_tokens, never), max_new_tokens):
+            for row, token in zip(rows, new.tolist()):
+                row.append(token)
+            if all(stop in row for row in rows):
+                break
         return [row[:row.index(stop)] if stop in row else row for row in rows]
 
     @torch.no_grad()

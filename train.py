@@ -45,7 +45,8 @@ from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.download import find_model
 from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
-from eval import UNIMPORTANT, accuracy_key, evaluate, log_likelihoods
+from data.results import UNIMPORTANT, accuracy_key
+from eval import evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
                     inject_adapters, load_adapter, save_adapter)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
