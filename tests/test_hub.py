@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import eval as evaluation
 import train
 from conftest import VOCAB, write_gpt2, write_llama
@@ -403,16 +404,17 @@ def test_what_no_part_of_the_hub_can_be_loaded_is_not_fetched(hub, gone, words):
 
 
 def test_a_plan_needs_the_config_alone(hub, cache, capsys, monkeypatch):
-    train.main(["--plan", "--init", "some/model", "--r", "2"])
+    memory = ["--what", "memory", "--method", "gatera"]
+    bench.main([*memory, "--model", "some/model", "--r", "2"])
     assert "some/model: " in capsys.readouterr().out and hub.loaded() == {"config.json"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub_reachable.cache_clear()
-    train.main(["--plan", "--init", "some/model", "--r", "2"])  # now it is there
+    bench.main([*memory, "--model", "some/model", "--r", "2"])  # now it is there
     with pytest.raises(UserError, match="tokenizer.json, tokenizer_config.json are not in the local cache"):
         find_model("some/model")
     capsys.readouterr()
     for name in ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"):
-        train.main(["--plan", "--init", name])
+        bench.main([*memory, "--model", name])
         assert "8,030,261,248 frozen parameters" in capsys.readouterr().out
 
 
