@@ -36,7 +36,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from data.cli import run_command  # noqa: E402
+from data.cli import peak_memory, run_command  # noqa: E402
 from data.commonsense import pack, scoring_questions, to_text, training_question  # noqa: E402
 from data.prepare import TASKS, load_records  # noqa: E402
 from eval import log_likelihoods  # noqa: E402
@@ -44,7 +44,6 @@ from gatera import (AdapterConfig, GatedLinear, adapter_state, adapters_off, cac
                     gate_entropy, gated_layers, inject_adapters)
 from data.weights import hugging_face_state  # noqa: E402
 from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config  # noqa: E402
-from train import peak_memory  # noqa: E402
 
 METHODS = {"lora": ("lora", "none"), "dora": ("dora", "none"), "hira": ("hira", "none"), "gatera": ("hira", "token"),
            "lora+gate": ("lora", "token"), "dora+gate": ("dora", "token")}
