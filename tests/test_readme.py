@@ -221,10 +221,11 @@ def test_the_tables_are_what_the_evidence_says(monkeypatch):
 # --------------------------------------------------------------------------------------------------- quoted source
 
 def first_not_in(block: str, source: str) -> str | None:
-    """The first line of a quoted block that is not in the source, in the block's order; indentation may differ, and
-    lines may be left out, with or without a line `# ...`."""
-    lines = iter([line.strip() for line in source.splitlines()])
-    wanted = [line.strip() for line in block.splitlines() if line.strip() and line.strip() != "# ..."]
+    """The first line of a quoted block that is not in the source, in the block's order; indentation and alignment may
+    differ, and lines may be left out, with or without a line that begins with `# ...`."""
+    lines = iter([" ".join(line.split()) for line in source.splitlines()])
+    wanted = [" ".join(line.split()) for line in block.splitlines()]
+    wanted = [line for line in wanted if line and not line.startswith("# ...")]
     return next((line for line in wanted if line not in lines), None)  # `in` goes on where it found the line before
 
 
