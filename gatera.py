@@ -26,7 +26,6 @@ the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
 """
 import json
 import math
-import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,10 +34,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
 from data.files import UserError, is_number, read_json, read_tensors, reading, write_atomically, write_tensors
+from data.peft_format import ends_in, read_peft, write_peft
 from data.weights import hugging_face_name
 from model import Recomputing
 
@@ -51,9 +50,8 @@ class AdapterConfig:
     gate: str = "token"            # none, token or static
     r: int = 32                    # rank of B A
     alpha: float | None = None     # LoRA's and DoRA's scaling numerator; None: 2 r. HiRA has none
-    rslora: bool = False           # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
     dropout: float = 0.0           # on the input of Delta
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # names of layers; the paper's
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # ends of layers' names; the paper's
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
     skip_closed: float = 0.0       # HiRA: a gate up to this counts as closed, its token skips Delta; 0: none does
 
@@ -67,7 +65,6 @@ class AdapterConfig:
             ("gate", self.gate in GATES, "one of " + ", ".join(GATES)),
             ("r", isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),
             ("alpha", self.alpha is None or is_number(self.alpha, 1e-12, 1e12), "a positive number"),
-            ("rslora", isinstance(self.rslora, bool), "true or false"),
             ("gate_bias", is_number(self.gate_bias, -1e6, 1e6), "a finite number up to 1e6"),
             ("dropout", is_number(self.dropout, 0, below_one), "a number from 0 up to, not including, 1"),
             ("skip_closed", is_number(self.skip_closed, 0, below_one), "a number from 0 up to, not including, 1"),
@@ -82,8 +79,7 @@ class AdapterConfig:
     @property
     def scaling(self) -> float:
         """s of LoRA and DoRA."""
-        alpha = 2 * self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return (2 * self.r if self.alpha is None else self.alpha) / self.r
 
 
 # ------------------------------------------------------------------------------------------ the adapted layer
@@ -240,12 +236,13 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     smaller side of a matrix, and a model that has adapters. Order: load the base, inject, load an adapter, compile.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    leaves = {name.rpartition(".")[2] for name in linears}
     if any(isinstance(module, GatedLinear) for module in model.modules()):
         raise UserError("the model already has adapters; merge them or load the base again")
-    if unknown := [target for target in config.targets if target not in leaves]:
-        raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(sorted(leaves))}")
-    chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in config.targets}
+    if unknown := [target for target in config.targets if not any(ends_in(name, target) for name in linears)]:
+        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(leaves)}")
+    chosen = {name: linear for name, linear in linears.items()
+              if any(ends_in(name, target) for target in config.targets)}
     smallest = min(min(linear.weight.shape) for linear in chosen.values())
     if config.r > smallest:
         raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
@@ -389,7 +386,9 @@ def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     if (Path(directory) / "adapter_config.json").exists() and not file.exists():
         file = Path(directory) / "adapter_model.safetensors"
         with reading(Path(directory)):
-            config, tensors = read_peft(model, file)
+            values, layers = read_peft(Path(directory), peft_layers(model), PEFT)
+            config = AdapterConfig(**values)
+        tensors = {f"{name}.{leaf}": tensor for name, part in layers.items() for leaf, tensor in part.items()}
     else:
         config, (tensors, info) = read_adapter_config(directory), read_tensors(file, with_info=True)
         if info and AdapterConfig(**json.loads(info)) != config:
@@ -435,23 +434,12 @@ def read_adapter_config(directory) -> AdapterConfig:
 
 
 # ----------------------------------------------------------------------------------------------- peft's files
-#
-# peft names layers as transformers does, whose GPT-2 has q, k and v in one layer, c_attn: one adapter, our three.
-# Three of rank r are exactly one of rank 3r, in blocks; m, one number for each output, is stacked like B:
-#
-#    BA = [ B_q  0   0  ] [ A_q ]
-#         [  0  B_k  0  ] [ A_k ]        Every layer then gets rank 3r, the others filled up with zeros, as not every
-#         [  0   0  B_v ] [ A_v ]        version of peft heeds its `rank_pattern` (for HiRA, 0.21 does not).
-#
-# The other way round, one that peft trained on c_attn is three that share A: B_q A, B_k A and B_v A.
 
-PEFT_KEYS = {"lora": {"A": "lora_A.weight", "B": "lora_B.weight"}, "hira": {"A": "hira_A", "B": "hira_B"},
-             "dora": {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}}
-# Fields of adapter_config.json that we follow, or that do not change what the adapter computes. All others have to be
-# off, so that whatever peft invents is refused by name instead of overlooked.
-PEFT_FIELDS = set("""peft_type task_type peft_version auto_mapping base_model_name_or_path revision inference_mode
-    r lora_alpha lora_dropout hira_dropout use_rslora use_dora target_modules exclude_modules fan_in_fan_out
-    init_lora_weights init_weights layers_pattern megatron_core qalora_group_size""".split())
+# by method, the fields of peft's adapter_config.json that tell it, and peft's names of its tensors
+LORA_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight"}
+PEFT = {"lora": ({"peft_type": "LORA", "use_dora": False}, LORA_KEYS),
+        "dora": ({"peft_type": "LORA", "use_dora": True}, LORA_KEYS | {"m": "lora_magnitude_vector"}),
+        "hira": ({"peft_type": "HIRA"}, {"A": "hira_A", "B": "hira_B"})}
 
 
 def peft_layers(model: nn.Module) -> dict[str, list[str]]:
@@ -468,39 +456,16 @@ def export_peft(model: nn.Module, directory) -> None:
     """Writes an ungated adapter as adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained.
 
     Raises UserError for a gated adapter: peft would drop the gate without a word, and compute something else."""
-    adapted = gated_layers(model)
+    adapted, config = gated_layers(model), model.adapter_config if gated_layers(model) else None
     if not adapted:
         raise UserError("the model has no adapter to export")
-    config, keys = model.adapter_config, PEFT_KEYS[model.adapter_config.method]
     if config.gate != "none":
         raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently")
-    layers = {theirs: names for theirs, names in peft_layers(model).items() if any(name in adapted for name in names)}
-    rank = config.r * max(map(len, layers.values()))
-    tensors = {}
-    for theirs, names in layers.items():
-        parts = [peft_part(model.get_submodule(name), config) for name in names]
-        A, B = torch.cat([part["A"] for part in parts]), torch.block_diag(*(part["B"] for part in parts))
-        fill = rank - len(A)
-        state = {"A": F.pad(A, (0, 0, 0, fill)), "B": F.pad(B, (0, fill))}          # (rank, in), (out, rank)
-        if config.method == "dora":
-            state["m"] = torch.cat([part["m"] for part in parts])                   # (out,)
-        tensors |= {f"base_model.model.{theirs}.{keys[leaf]}": tensor.detach().cpu().contiguous()
-                    for leaf, tensor in state.items()}
-    # the name of a layer, or two of them where attention and MLP share one: attn.c_proj, mlp.c_proj
-    targets = {".".join(theirs.split(".")[-2 if theirs.endswith("c_proj") else -1:]) for theirs in layers}
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-           "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
-           "target_modules": sorted(targets),
-           "fan_in_fan_out": model.config.positions == "learned"}                   # GPT-2's Conv1D keeps (in, out)
-    if config.method == "hira":
-        raw |= {"peft_type": "HIRA", "hira_dropout": config.dropout}
-    else:
-        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank),
-                "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": config.method == "dora",
-                "bias": "none"}
-    directory, text = Path(directory), json.dumps(raw, indent=2) + "\n"
-    write_atomically(directory / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_atomically(directory / "adapter_config.json", lambda path: path.write_text(text))
+    layers = peft_layers(model)
+    parts = {theirs: [peft_part(model.get_submodule(name), config) for name in names]
+             for theirs, names in layers.items() if any(name in adapted for name in names)}
+    write_peft(Path(directory), parts, list(layers), PEFT[config.method], config.r, config.scaling, config.dropout,
+               getattr(model, "name_or_path", None))
 
 
 def peft_part(layer: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
@@ -509,70 +474,3 @@ def peft_part(layer: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor
         return layer.adapter_parameters()
     W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))    # (out, in)
     return {"A": W0.new_zeros(config.r, W0.shape[1]), "B": W0.new_zeros(W0.shape[0], config.r), "m": W0.norm(dim=1)}
-
-
-def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """The AdapterConfig and the tensors, by our names, that peft or `export_peft` wrote. UserError names the file and
-    what no AdapterConfig expresses, what is missing and what is surplus."""
-    where = file.with_name("adapter_config.json")
-    raw = read_json(where)
-    if missing := [name for name in ("peft_type", "r", "target_modules") if name not in raw]:
-        raise UserError(f"{where}: not an adapter's configuration; no {' and no '.join(missing)}")
-    kind, r, wanted = raw["peft_type"], raw["r"], raw["target_modules"]
-    init = raw.get("init_lora_weights", True)
-    wrong = [f"peft_type {kind}, only LORA and HIRA"] if kind not in ("LORA", "HIRA") else []
-    wrong += [f"r {r!r}"] if not isinstance(r, int) or r < 1 else []
-    wrong += [f"init_lora_weights {init!r}, which changes the base"] if init not in (True, False, "gaussian") else []
-    wrong += [f"{name} {value!r}" for name, value in raw.items()
-              if name not in PEFT_FIELDS and value not in (None, False, "none", [], {})]
-    if wrong:
-        raise UserError(f"{where}: not supported: {'; '.join(wrong)}")
-    method = "hira" if kind == "HIRA" else "dora" if raw.get("use_dora") else "lora"
-    matches = lambda theirs: (re.fullmatch(wanted, theirs) if isinstance(wanted, str)  # noqa: E731
-                              else any(f".{theirs}".endswith(f".{target}") for target in wanted or ()))
-    layers = {theirs: names for theirs, names in peft_layers(model).items() if matches(theirs)}
-    if not layers:
-        raise UserError(f"{where}: target_modules {wanted!r} are no layers of this base model; it has "
-                        f"{', '.join(sorted({theirs.split('.')[-1] for theirs in peft_layers(model)}))}")
-
-    found, parts = read_tensors(file), {}
-    for theirs in layers:
-        keys = {leaf: f"base_model.model.{theirs}.{key}" for leaf, key in PEFT_KEYS[method].items()}
-        if missing := [key for key in keys.values() if key not in found]:
-            raise UserError(f"{file}: missing {', '.join(missing)}")
-        part = parts[theirs] = {leaf: found.pop(key) for leaf, key in keys.items()}
-        if part["A"].shape[:1] != (r,) or part["B"].shape[1:] != (r,):
-            raise UserError(f"{file}: {theirs} has A {tuple(part['A'].shape)} and B {tuple(part['B'].shape)}, expected "
-                            f"(r, in) and (out, r) with r = {r}")
-    if found:
-        raise UserError(f"{file}: unexpected {', '.join(sorted(found)[:4])}{' and more' if len(found) > 4 else ''}")
-
-    # In blocks, as above, where nothing but the blocks holds anything? Then each of our layers takes its own block, of
-    # rank r / 3; else they share A.
-    fused = max(map(len, layers.values()))                                          # 3 with a c_attn, else 1
-
-    def block(theirs: str, i: int) -> tuple[torch.Tensor, torch.Tensor]:            # (r / 3, in), (out, r / 3)
-        ranks = slice(i * r // fused, (i + 1) * r // fused)
-        return parts[theirs]["A"][ranks], parts[theirs]["B"].chunk(len(layers[theirs]))[i][:, ranks]
-
-    nonzero = lambda A, B: int(A.count_nonzero() + B.count_nonzero())  # noqa: E731
-    in_blocks = fused > 1 and r % fused == 0 and any(part["B"].any() for part in parts.values()) and all(
-        nonzero(parts[theirs]["A"], parts[theirs]["B"]) == sum(nonzero(*block(theirs, i)) for i in range(len(names)))
-        for theirs, names in layers.items())
-    tensors = {}
-    for theirs, names in layers.items():
-        for i, name in enumerate(names):
-            part = parts[theirs]
-            A, B = block(theirs, i) if in_blocks else (part["A"], part["B"].chunk(len(names))[i])
-            tensors |= {f"{name}.A": A, f"{name}.B": B}
-            if method == "dora":
-                tensors[f"{name}.m"] = part["m"].chunk(len(names))[i]
-    # A q, k or v that is zero in every layer was no target of the export. (With DoRA it becomes one: m is not zero.)
-    targets = dict.fromkeys(name.split(".")[-2] for name, tensor in tensors.items() if tensor.any())
-    tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[-2] in targets}
-    own_r, root = r // fused if in_blocks else r, math.sqrt if raw.get("use_rslora") else float
-    with reading(where):
-        config = AdapterConfig(method, "none", own_r, rslora=bool(raw.get("use_rslora")), targets=targets,
-                               alpha=None if method == "hira" else raw.get("lora_alpha", 8) / root(r) * root(own_r),
-                               dropout=raw.get("hira_dropout" if method == "hira" else "lora_dropout", 0.0))
-    return config, tensors

@@ -126,9 +126,9 @@ def test_hira_keeps_no_dense_product_for_the_backward():
     assert [t for t in kept if t.shape in ((96, 64), (64, 96)) and t.data_ptr() != layer.weight.data_ptr()] == []
 
 
-@pytest.mark.parametrize("rslora, scaling", [(False, 2.0), (True, 4.0)])
-def test_scaling(rslora, scaling):
-    assert AdapterConfig("lora", r=4, rslora=rslora).scaling == scaling
+@pytest.mark.parametrize("alpha, scaling", [(None, 2.0), (3.0, 0.75)])
+def test_scaling(alpha, scaling):
+    assert AdapterConfig("lora", r=4, alpha=alpha).scaling == scaling
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,6 +220,13 @@ def test_injection_freezes_the_base_and_keeps_its_names():
         4 * sum(model.get_submodule(n).weight.shape) + model.get_submodule(n).weight.shape[1] + 1 for n in names)
 
 
+def test_targets_are_ends_of_names():
+    assert inject_adapters(tiny(), AdapterConfig(r=4, targets=("attn.q_proj", "0.mlp.up_proj", "blocks.1.attn.v_proj"))) == [
+        "blocks.0.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.attn.q_proj", "blocks.1.attn.v_proj"]
+    with pytest.raises(UserError, match="no layer is named proj"):  # whole words only
+        inject_adapters(tiny(), AdapterConfig(r=4, targets=("proj",)))
+
+
 @pytest.mark.parametrize("name, gate, share", [
     ("llama-2-7b", "none", 0.8256), ("llama-2-7b", "token", 0.8384),
     ("llama-3-8b", "none", 0.7002), ("llama-3-8b", "token", 0.7123)])
@@ -243,6 +250,7 @@ def test_the_same_seed_starts_every_method_with_the_same_A():
 
 
 @pytest.mark.parametrize("options, message", [
+    (dict(targets=("q_proj", "blocks.7.mlp.up_proj")), "no layer is named blocks.7.mlp.up_proj; this model has"),
     (dict(targets=("c_attn",)), "no layer is named c_attn; this model has down_proj, gate_proj, head, k_proj"),
     (dict(r=9), "r 9 is larger than the smallest adapted matrix side, 8"),
     (dict(r=0), "r 0; expected a positive whole number"),
