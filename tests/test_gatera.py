@@ -1,5 +1,6 @@
 """The method against its own equations: every number here is computed a second, plainer way."""
 import json
+import warnings
 
 import pytest
 import torch
@@ -137,8 +138,10 @@ def test_dropout_works_on_the_input_of_delta_and_only_in_training(method):
     for p, q in zip(adapter_state(without).values(), adapter_state(model).values()):
         p.data.copy_(q)
     assert torch.equal(model.eval()(IDS), without(IDS))
+    gates = gate_values(model)["blocks.0.attn.q_proj"]
     model.train()
     assert not torch.equal(model(IDS), model(IDS))
+    assert torch.equal(gate_values(model)["blocks.0.attn.q_proj"], gates)  # the gate reads the input whole
     set_gates(model, -1e4)  # the base's own path has no dropout
     assert torch.equal(model(IDS), tiny()(IDS))
 
@@ -163,6 +166,16 @@ def test_entropy_equals_its_definition_and_survives_saturation():
     ungated = adapted("lora", "none")
     ungated(IDS)
     assert gate_entropy(ungated) == 0 and gate_values(ungated) == {}
+
+
+@every
+def test_gates_start_where_the_bias_says(method, gate):
+    model = adapted(method, gate, trained=False, gate_bias=1.5)
+    model(IDS)
+    values = gate_values(model)
+    assert list(values) == ([] if gate == "none" else list(gated_layers(model)))
+    for g in values.values():
+        torch.testing.assert_close(g, torch.sigmoid(torch.full(IDS.shape, 1.5, dtype=g.dtype)), rtol=0, atol=0)
 
 
 def test_the_entropy_term_pushes_a_gate_to_the_side_it_is_on():
@@ -209,15 +222,17 @@ def test_theorem_soft_gradient_masking(method, gate):
 
 # ------------------------------------------------------------------------------------ injection and files
 
-def test_injection_freezes_the_base_and_keeps_its_names():
-    model, before = tiny(), tiny().state_dict()
-    names = inject_adapters(model, AdapterConfig(r=4))
+@every
+def test_injection_freezes_the_base_and_keeps_its_names(method, gate):
+    model, before = tiny(), set(tiny().state_dict())
+    names = inject_adapters(model, AdapterConfig(method, gate, r=4))
     assert len(names) == 2 * 5 and all(isinstance(model.get_submodule(name), GatedLinear) for name in names)
-    assert set(before) <= set(model.state_dict())
+    assert set(model.state_dict()) == before | set(adapter_state(model))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_state(model))
-    # r (in + out) for A and B, in + 1 for the gate
-    assert sum(p.numel() for p in adapter_state(model).values()) == sum(
-        4 * sum(model.get_submodule(n).weight.shape) + model.get_submodule(n).weight.shape[1] + 1 for n in names)
+    sides = [model.get_submodule(name).weight.shape for name in names]
+    expected = sum(4 * (rows + columns) + rows * (method == "dora")
+                   + {"none": 0, "static": 1, "token": columns + 1}[gate] for rows, columns in sides)
+    assert sum(p.numel() for p in adapter_state(model).values()) == expected
 
 
 def test_targets_are_ends_of_names():
@@ -249,6 +264,14 @@ def test_the_same_seed_starts_every_method_with_the_same_A():
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 
+def test_A_starts_as_pefts_does():
+    """Uniform up to 1 / sqrt(in)."""
+    torch.manual_seed(0)
+    A = GatedLinear(nn.Linear(4096, 32), AdapterConfig("lora", "none", r=32)).A.detach()
+    assert 0.999 < 64 * A.abs().max() <= 1 and 64 * A.std() == pytest.approx(3**-0.5, rel=0.01)
+    assert abs(64 * A.mean()) < 0.01
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(targets=("q_proj", "blocks.7.mlp.up_proj")), "no layer is named blocks.7.mlp.up_proj; this model has"),
     (dict(targets=("c_attn",)), "no layer is named c_attn; this model has down_proj, gate_proj, head, k_proj"),
@@ -260,6 +283,11 @@ def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(UserError) as caught:
         inject_adapters(tiny(), AdapterConfig(**options))
     assert message in str(caught.value)
+
+
+def test_a_target_is_a_whole_name():
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4)})
+    assert inject_adapters(model, AdapterConfig(r=2, targets=("proj",))) == ["proj"]
 
 
 def test_injecting_twice_is_refused():
@@ -309,6 +337,15 @@ def test_a_broken_adapter_is_refused_and_changes_nothing(message, tmp_path):
     assert torch.equal(model(IDS), before)
 
 
+def test_values_are_not_loaded_into_an_adapter_of_another_kind(tmp_path):
+    save_adapter(adapted("lora", "none", dtype=torch.float32, alpha=2.0), tmp_path)
+    model = adapted("lora", "none", dtype=torch.float32, alpha=4.0)  # the same shapes
+    before = model(IDS)
+    with pytest.raises(UserError, match="already has another adapter"):
+        load_adapter(model, tmp_path)
+    assert torch.equal(model(IDS), before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_ungated_adapters_keeps_the_logits(method):
     model = adapted(method, "none", family="gpt2")
@@ -318,9 +355,26 @@ def test_merging_ungated_adapters_keeps_the_logits(method):
     torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
 
 
-def test_merging_a_gated_adapter_is_refused():
-    with pytest.raises(UserError, match="differs from token to token"):
-        merge_adapters(adapted("lora", "token"))
+def test_merging_warns_where_rounding_takes_the_update():
+    for dtype, lossy in ((torch.float32, False), (torch.bfloat16, True)):
+        model = adapted("hira", "none", dtype=dtype, trained=False)
+        for layer in gated_layers(model).values():
+            layer.B.data.fill_(1e-3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            merge_adapters(model)
+        assert ["load the base in float32" in str(warning.message) for warning in caught] == [True] * lossy
+
+
+@every
+def test_merging_a_gated_adapter_is_refused_and_changes_nothing(method, gate):
+    if gate == "none":
+        pytest.skip("can be merged")
+    model = adapted(method, gate)
+    before = model(IDS)
+    with pytest.raises(UserError, match="gated adapter cannot be merged"):
+        merge_adapters(model)
+    assert torch.equal(model(IDS), before)
 
 
 # ------------------------------------------------------------------------------------------- torch.compile
@@ -350,7 +404,7 @@ def test_adapters_can_be_switched_off_and_on(method, gate):
     model = adapted(method, gate)
     with_adapters = model(IDS)
     with adapters_off(model):
-        assert torch.equal(model(IDS), tiny()(IDS))
+        assert torch.equal(model(IDS), tiny()(IDS)) and gate_values(model) == {}
     assert torch.equal(model(IDS), with_adapters)
 
 
@@ -362,6 +416,14 @@ def test_cached_products_give_the_same_logits(gate, skip_closed, monkeypatch):
         monkeypatch.setattr(GatedHadamard, "apply", None)  # the products are not made again
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
     assert all(layer.dense is None for layer in gated_layers(model).values())
+
+
+def test_cached_products_take_no_gradient_away():
+    model = adapted("hira", "token")
+    whole = torch.autograd.grad(model(IDS).square().sum(), list(adapter_state(model).values()))
+    with cached_products(model):
+        cached = torch.autograd.grad(model(IDS).square().sum(), list(adapter_state(model).values()))
+    assert all(torch.equal(a, b) for a, b in zip(whole, cached))
 
 
 def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
@@ -389,9 +451,10 @@ def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
     torch.testing.assert_close(gradients[0][0][~closed], gradients[1][0][~closed], rtol=0, atol=1e-12)
 
 
-def test_skipping_works_when_every_gate_is_closed():
-    model = adapted("hira", "token", skip_closed=0.1)
-    set_gates(model, -1e4)
+@pytest.mark.parametrize("logit, threshold", [(-1e4, 0.1), (0.0, 0.5)])  # closed: up to the threshold, which is 1/2
+def test_skipping_works_when_every_gate_is_closed(logit, threshold):
+    model = adapted("hira", "token", skip_closed=threshold)
+    set_gates(model, logit)
     logits = model(IDS)
     logits.square().mean().backward()
     assert torch.equal(logits, tiny()(IDS))
@@ -461,10 +524,29 @@ def test_entropy_is_exact_in_float32_at_both_ends():
         assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_float16_keeps_small_updates():
-    torch.manual_seed(0)
-    x, A, W0 = torch.randn(16, 256), torch.randn(8, 256) / 16, 0.02 * torch.randn(128, 256)
-    B = 1e-4 * torch.randn(128, 8)
-    exact = x @ (W0 * (B @ A)).T
-    half = GatedHadamard.apply(x.half(), W0.half(), A, B, None).float()
-    assert (half - exact).norm() < 0.02 * exact.norm()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every
+def test_half_precision_rounds_updates_and_gradients_but_loses_none(method, gate, dtype):
+    """W0 ⊙ B A starts below float16's smallest number. Here each row of W0 holds two equal numbers, and x opposite ones
+    in their places: W0 x is 0, and y the update alone."""
+    torch.manual_seed(3)
+    half, exact = (nn.Linear(256, 128, bias=False, dtype=d).requires_grad_(False) for d in (dtype, torch.float64))
+    rows = torch.arange(128)
+    half.weight.data.zero_()[rows, 2 * rows] = half.weight.data[rows, 2 * rows + 1] = (0.02 * torch.randn(128)).to(dtype)
+    exact.weight.data = half.weight.double()
+    half, exact = (GatedLinear(linear, AdapterConfig(method, gate, r=8)) for linear in (half, exact))
+    trained = {name: p for name, p in half.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        p.data += 3e-5 * torch.randn_like(p)
+        exact.get_parameter(name).data = p.double()
+    x = 16 * torch.randn(32, 128).repeat_interleave(2, 1) * torch.tensor([1, -1]).repeat(128)
+    dy = 64 * torch.randn(32, 128)  # as a loss scaler lifts it
+    results = []
+    for layer in (half, exact):
+        inputs = x.to(dtype).to(layer.weight.dtype).requires_grad_()
+        y = layer(inputs)
+        gradients = torch.autograd.grad(y, [inputs, *map(layer.get_parameter, trained)], dy.to(dtype).to(y.dtype))
+        results.append([y, *gradients])
+    for name, a, b in zip(["y", "x", *trained], *results):
+        assert a.dtype == (dtype if name in ("y", "x") else torch.float32) and b.norm() > 0
+        assert (a.double() - b).norm() < 0.05 * b.norm(), name

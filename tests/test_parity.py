@@ -230,7 +230,8 @@ def test_export_loads_in_peft_and_comes_back(method, family, targets, request, t
     ours = random_adapter(directory, method, targets, alpha=3.0, dropout=0.1)
     export_peft(ours, tmp_path / "peft")
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(directory)
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(directory) and written["fan_in_fan_out"] == (family == "gpt2")
     close(ours(IDS), peft_model(theirs(directory), tmp_path / "peft")(IDS).logits)
     again = Transformer.from_pretrained(directory, dtype=torch.float64)
     config = load_adapter(again, tmp_path / "peft")
@@ -263,7 +264,7 @@ def trained_by_peft(base, settings, directory):
 
 
 @pytest.mark.parametrize("family, targets", [
-    ("llama", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("llama", r".*\.(up|down)_proj"), ("gpt2", ["c_attn"]),
+    ("llama", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("llama", r".*\.(up|down)_proj|.*\.q"), ("gpt2", ["c_attn"]),
     ("gpt2", ["c_attn", "c_fc", "c_proj"]), ("gpt2", ["mlp.c_proj"])], ids=str)
 @pytest.mark.parametrize("kind", TRAINED)
 def test_adapters_trained_and_saved_by_peft_load(kind, family, targets, request, theirs, tmp_path):
@@ -360,6 +361,30 @@ def test_what_peft_can_do_beside_is_refused_by_name(message, llama, theirs, tmp_
     with pytest.raises(UserError, match=message) as caught:
         load_adapter(Transformer.from_pretrained(llama), tmp_path / "peft")
     assert "\n" not in str(caught.value) and str(tmp_path / "peft") in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_shared_rank_that_three_divides_is_not_taken_for_blocks(steps, gpt2, theirs, tmp_path):
+    peft = need("peft")
+    reference = peft.get_peft_model(theirs(gpt2), peft.LoraConfig(r=6, target_modules=["c_attn"], fan_in_fan_out=True))
+    optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(steps):
+        reference(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    reference.save_pretrained(tmp_path / "peft")
+    ours = Transformer.from_pretrained(gpt2, dtype=torch.float64)
+    assert load_adapter(ours, tmp_path / "peft").r == 6
+    close(ours(IDS), reference(IDS).logits)
+
+
+def test_an_alpha_that_the_file_does_not_name_is_pefts_own(llama, theirs, tmp_path):
+    export_peft(random_adapter(llama, "lora"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ours = Transformer.from_pretrained(llama, dtype=torch.float64)
+    load_adapter(ours, tmp_path)
+    close(ours(IDS), peft_model(theirs(llama), tmp_path)(IDS).logits)
 
 
 def test_gated_and_missing_adapters_are_not_exported(llama, tmp_path):

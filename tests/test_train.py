@@ -1,4 +1,5 @@
 """The training program, on tiny models and the sample records."""
+import itertools
 import json
 import math
 import shutil
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import eval as evaluation
 import train
 from conftest import write_gpt2, write_llama
+from data.commonsense import training_question
 from data.files import UserError
 from gatera import AdapterConfig, gated_layers, inject_adapters, load_adapter
-from model import Transformer
+from model import Transformer, load_tokenizer
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
 
@@ -86,6 +89,34 @@ def test_micro_batches_and_checkpointing_do_not_change_what_is_learnt(flags, lla
             assert (key in a) == (key in b)
             if key in a:
                 assert a[key] == pytest.approx(b[key], rel=2e-4)
+
+
+def test_every_step_has_a_dropout_mask_of_its_own(llama, tmp_path):
+    """The same record again and again, and steps too small to change anything: only the mask can change the gradient."""
+    same = ["--tasks", "piqa", "--validation", "0", "--limit", "1", "--batch", "1", "--lr", "1e-12", "--warmup", "0",
+            "--max-steps", "4", "--log-every", "1"]
+    norms = []
+    for dropout in ("0", "0.5"):
+        run(tmp_path / dropout, llama, *same, "--dropout", dropout)
+        norms.append([line["grad_norm"] for line in metrics(tmp_path / dropout) if "loss" in line])
+    assert norms[0] == pytest.approx([norms[0][0]] * 4, rel=1e-5)
+    assert min(abs(a / b - 1) for a, b in itertools.combinations(norms[1], 2)) > 1e-4
+
+
+def test_best_is_the_adapter_with_the_lowest_validation_loss(llama, tmp_path):
+    """At a rate this high it is one in the middle: its loss, computed a second way, is the lowest that was logged."""
+    flags = ["--tasks", "piqa,boolq", "--validation", "2", "--lr", "1", "--warmup", "0", "--max-steps", "6", "--eval-every", "1"]
+    results = run(tmp_path / "run", llama, *flags)
+    losses = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    assert len(losses) == 6 and min(losses) < min(losses[0], losses[-1])
+    _, records, _ = train.load_data(train.parse(["--init", str(llama), "--data", SAMPLE, *flags]))
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    load_adapter(model, tmp_path / "run" / "best")
+    nats = []
+    for prompt, (answer,), _ in (training_question(record, "label", tokenizer, 512) for record in records):
+        logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
+        nats.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    assert torch.cat(nats).mean().item() == pytest.approx(min(losses), rel=1e-5) == pytest.approx(results["best_validation_loss"])
 
 
 def test_the_order_of_the_data_depends_on_the_seed_alone(llama, tmp_path):
