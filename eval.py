@@ -23,7 +23,6 @@ evaluation that was interrupted goes on where it was when started again.
 """
 import argparse
 import base64
-import codecs
 import contextlib
 import hashlib
 import itertools
@@ -45,7 +44,7 @@ from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.cli import Flags, device_problems, pick_device, run_command
 from data.files import UserError, checksum, claim, json_lines, read_json, unwritable, write_atomically, write_json
 from data.prepare import DEFAULT, TASKS, load_records, task_names
-from data.tokenizer import Tokenizer
+from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
                     merge_adapters, set_skip_closed)
@@ -129,12 +128,12 @@ def generate_answers(model, tokenizer, records: list[dict], max_len: int, beams:
     room = prompt_room(model, max_len)
     questions = [scoring_questions(record, "label", tokenizer, room)[0] for record in records]
     order = sorted(range(len(records)), key=lambda i: len(questions[i].prompt), reverse=True)
-    texts, start = {}, 0
+    texts, start, unused = {}, 0, tokenizer.unused(model.config.vocab_size)
     with cached_products(model):
         while start < len(order):
             count = max(1, row_tokens // len(questions[order[start]].prompt))  # of prompts about as long
             part = order[start:start + count]
-            new = model.beam_search([questions[i].prompt for i in part], NEW_TOKENS, tokenizer.eos, beams)
+            new = model.beam_search([questions[i].prompt for i in part], NEW_TOKENS, tokenizer.eos, beams, unused)
             texts |= zip(part, map(tokenizer.decode, new))
             start += count
     return [{"text": texts[i], "prediction": parse_answer(record["task"], texts[i]), "cut": questions[i].cut > 0}
@@ -487,28 +486,29 @@ def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str
 # ------------------------------------------------------------------------------------------------- gates
 
 @torch.no_grad()
-def decode(model: Transformer, prompt: list[int], max_new_tokens: int, stop: int | None):
+def decode(model: Transformer, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int):
     """Greedy decoding, step by step: yields (token ids read, their gates (G, T)), first of the whole prompt (prefill),
     then of one new token after another (decode). G counts the gated layers; without gates the second is None."""
-    device = model.embed.weight.device
+    device, unused = model.embed.weight.device, tokenizer.unused(model.config.vocab_size)
     cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.blocks[0].attn.k_proj.weight.dtype, device)
     ids, start = prompt, 0
     for _ in range(max_new_tokens + 1):
         positions = torch.arange(start, start + len(ids), device=device)[None]
         last = torch.tensor([len(ids) - 1], device=device)
         logits = model(torch.tensor([ids], device=device), positions=positions, cache=cache, select=last)
+        logits[:, unused] = -math.inf                                            # (1, V)
         gates = list(gate_values(model).values())                                # of each layer (1, T)
         yield ids, torch.cat(gates).float().cpu() if gates else None
         start, ids = start + len(ids), [int(logits.argmax())]
-        if ids[0] == stop:
+        if ids[0] == tokenizer.eos:
             return
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text of each token. A character that spans tokens is shown with its last one."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts = [decoder.decode(tokenizer.encoding.decode_single_token_bytes(i)) for i in ids]
-    return [*texts[:-1], texts[-1] + decoder.decode(b"", True)]  # where the last one is cut short
+    stream = TextStream(tokenizer)
+    texts = [stream.add(i) for i in ids]
+    return [*texts[:-1], texts[-1] + stream.rest()]  # where the last one is cut short
 
 
 def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
@@ -518,7 +518,7 @@ def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) 
     with cached_products(model):
         for record in tqdm(records, desc="reading and answering", unit="q", leave=False, disable=None):
             prompt, _, cut = scoring_questions(record, form, tokenizer, room)[0]
-            ids, gates = zip(*decode(model, prompt, NEW_TOKENS, tokenizer.eos))
+            ids, gates = zip(*decode(model, tokenizer, prompt, NEW_TOKENS))
             traces.append({"task": record["task"], "tokens": token_texts(tokenizer, sum(ids, [])), "cut": cut,
                            "prompt": len(prompt), "gates": torch.cat(gates, dim=1)})
     return traces
@@ -743,17 +743,16 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
 def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) -> str:
     """Prints the prompt `ids` and, token by token, the model's answer, which it returns."""
     print(f"--- {title} ---")
-    decoder, answer = codecs.getincrementaldecoder("utf-8")("replace"), []
-    for step, (read, gates) in enumerate(decode(model, ids, NEW_TOKENS, tokenizer.eos)):
+    stream, answer = TextStream(tokenizer), []
+    for step, (read, gates) in enumerate(decode(model, tokenizer, ids, NEW_TOKENS)):
         means = [None] * len(read) if gates is None else gates.mean(0).tolist()
         for token, gate in zip(read, means):
-            text = decoder.decode(tokenizer.encoding.decode_single_token_bytes(token))
-            print(paint(text, gate, colour), end="", flush=True)
+            print(paint(stream.add(token), gate, colour), end="", flush=True)
         if step == 0:
             print(" >>>", end="", flush=True)  # the answer starts
         else:
             answer += read
-    print(decoder.decode(b"", True))
+    print(stream.rest())
     return tokenizer.decode(answer)
 
 

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from data.download import find_model
 from data.files import UserError, is_number, reading
 from data.tokenizer import load_tokenizer  # noqa: F401  (other programs take it from here)
-from data.weights import load_weights, read_fields, read_model
+from data.weights import load_weights, read_fields, read_weights
 
 
 # ---------------------------------------------------------------------------------------------- config
@@ -56,7 +56,7 @@ class TransformerConfig:
     mlp_bias: bool = False           #        False            True
     tied_head: bool = False          #        small models     True: the head is the embedding, transposed
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None # Llama 3.1's frequencies, see `inverse_frequencies`
+    rope_scaling: dict | None = None # linear, or Llama 3.1's frequencies, see `inverse_frequencies`
 
     def __post_init__(self):
         # Sizes end beyond those of any model: a damaged config must not make one that fills the memory.
@@ -138,6 +138,8 @@ def inverse_frequencies(config: TransformerConfig, device=None) -> torch.Tensor:
     scaling = config.rope_scaling
     if scaling is None:
         return theta
+    if scaling["rope_type"] == "linear":
+        return theta / scaling["factor"]
     if scaling["rope_type"] == "factors":  # llama.cpp stores the finished divisors instead of their recipe
         return theta / torch.tensor(scaling["factors"], device=device)
     wavelength = 2 * math.pi / theta  # tokens a turn
@@ -366,12 +368,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
-                 temperature: float = 0.0, top_k: int | None = None,
-                 generator: torch.Generator | None = None) -> list[list[int]]:
+                 temperature: float = 0.0, top_k: int | None = None, generator: torch.Generator | None = None,
+                 never: list[int] = ()) -> list[list[int]]:
         """Continues each prompt (token ids, lengths may differ) by up to `max_new_tokens`, with a KV cache.
 
         temperature 0 takes the likeliest token; above 0 samples from softmax(logits / temperature), from the
-        `top_k` likeliest if given, by a `generator` of the model's device. Returns the new ids, without `stop`.
+        `top_k` likeliest if given, by a `generator` of the model's device. Ids in `never`, such as rows of the
+        vocabulary that are no token, are not generated. Returns the new ids, without `stop`.
         Raises ValueError for an empty prompt, one that leaves no room, or settings out of range.
         """
         if temperature < 0 or top_k is not None and top_k < 1:
@@ -381,6 +384,7 @@ class Transformer(nn.Module):
         out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self(ids, positions=positions, cache=cache, select=last).float()  # (B, V)
+            logits[:, list(never)] = -math.inf
             if temperature == 0:
                 new = logits.argmax(-1)
             else:
@@ -400,7 +404,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def beam_search(self, prompts: list[list[int]], max_new_tokens: int, stop: int | None = None,
-                    beams: int = 4) -> list[list[int]]:
+                    beams: int = 4, never: list[int] = ()) -> list[list[int]]:
         """Continues each prompt by the likeliest text that keeping the `beams` best at every step finds.
 
         A step extends every open text by every token. Of the results, ranked by their sum of log p, those that end in
@@ -421,7 +425,8 @@ class Transformer(nn.Module):
         finished = [[] for _ in prompts]                  # (log p per token, text), best first, at most `beams`
         done = [False] * P
         for step in range(max_new_tokens):
-            log_p = F.log_softmax(self(ids, positions=positions, cache=cache, select=last).float(), dim=-1)
+            log_p = F.log_softmax(self(ids, positions=positions, cache=cache, select=last).float(), dim=-1)  # (rows, V)
+            log_p[:, list(never)] = -math.inf
             if step == 0:                                 # the prompt was computed once; from here on, a row a text
                 log_p, lengths = log_p.repeat_interleave(beams, 0), lengths.repeat_interleave(beams)
                 cache.take(rows // beams)
@@ -486,9 +491,9 @@ class Transformer(nn.Module):
         Loading is strict: UserError names the missing, surplus and misshapen weights, or a file that is broken.
         """
         path = find_model(name_or_path)
-        fields, weights = read_model(path)
         with torch.device("meta"):
-            model = cls(config_from(fields, path))  # shapes alone; each weight gets its memory when it is read
+            model = cls(config_of(path))  # shapes alone; each weight gets its memory when it is read
+        weights = read_weights(path, model.config)
         load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
         model.name_or_path = str(name_or_path)
         return model.eval()
@@ -501,19 +506,18 @@ def compile_blocks(model: Transformer) -> None:
         block.compile(dynamic=True)
 
 
-def config_from(fields: dict, path: Path) -> TransformerConfig:
-    """The config that a model's files describe; UserError names the file and what is wrong with it."""
+def read_config(name_or_path: str) -> TransformerConfig:
+    """The config of a model (names as in `Transformer.from_pretrained`) without its weights: of a published one from
+    `CONFIGS`, of any other from its files, of which config.json is enough."""
+    if name_or_path in CONFIGS:
+        return TransformerConfig.from_name(name_or_path)
+    return config_of(find_model(name_or_path))
+
+
+def config_of(path: Path) -> TransformerConfig:
+    """The config of a model's directory or .gguf file. UserError names the file and what is wrong with it."""
     with reading(path if path.suffix == ".gguf" else path / "config.json"):
         try:
-            return TransformerConfig(**fields)
+            return TransformerConfig(**read_fields(path))
         except ValueError as error:
             raise UserError(str(error)) from None
-
-
-def read_config(name_or_path: str) -> TransformerConfig:
-    """The config alone of a published model (`CONFIGS`), a directory, of which config.json is enough, or a .gguf file.
-    Downloads nothing and reads no weights."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir() or path.suffix == ".gguf" and path.is_file():
-        return config_from(read_fields(path), path)
-    return TransformerConfig.from_name(name_or_path)

@@ -115,7 +115,8 @@ def encode(tokenizer, prompt: str, answers: list[str], max_len: int, end: bool =
     stops, but not scored.
     """
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
-    prompt_ids, answer_ids = tokenizer.encode(prompt), [tokenizer.encode(answer) for answer in answers]
+    prompt_ids = tokenizer.encode(prompt)
+    answer_ids = [tokenizer.encode(answer, continues=True) for answer in answers]
     if end and tokenizer.eos is not None:
         answer_ids = [ids + [tokenizer.eos] for ids in answer_ids]
     if not all(answer_ids) or not bos + prompt_ids:

@@ -33,7 +33,9 @@ def reading(file: Path):
         yield
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
-    except Exception as error:  # with its cause, which may be a mistake of ours, for those who call from Python
+    except BaseException as error:  # with its cause, which may be a mistake of ours, for those who call from Python
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
 

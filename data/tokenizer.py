@@ -1,15 +1,24 @@
-"""Text <-> token ids."""
+"""Text <-> token ids: byte-pair encoding (BPE) and its like, as the model at hand was trained with.
+
+A tokenizer.json is read by the `tokenizers` library, exactly as by everybody on the hub. GPT-2's older pair of files,
+vocab.json and merges.txt, and llama.cpp's .gguf files are read by tiktoken, which knows one kind of BPE, on bytes; what
+it cannot express is refused.
+"""
 import json
 import math
 from functools import partial
 from pathlib import Path
 
+import regex  # comes with tiktoken
+import tiktoken
+import tokenizers
+
 from data.download import find_model
 from data.files import UserError, read_json, reading
-from data.gguf import gguf_field, open_gguf
+from data.gguf import GGUF
 
-# Byte-pair encoding (BPE) cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How
-# words are cut is a property of each tokenizer, by llama.cpp's name for it:
+# Byte-level BPE cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How words are cut
+# is a property of each tokenizer, by llama.cpp's name for it:
 SPLIT = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "smollm": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+",
@@ -19,141 +28,201 @@ SPLIT = {
 
 
 class Tokenizer:
-    """Text <-> token ids, by tiktoken. `encode` treats all text as text: a special token's name has no power."""
+    """Text <-> token ids. All text is text: the name of a special token in it has no power.
 
-    def __init__(self, name: str, split: str, ranks: dict[bytes, int], special: dict[str, int], eos: int | None,
-                 bos: int | None = None):
-        import tiktoken
-        self.encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-        ids = [*ranks.values(), *(i for i in (eos, bos) if i is not None)]
-        self.smallest, self.largest = min(ids), max(ids)
-        self.split = split
-        # some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256)
-        self.tokenless = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-        self.special = special  # {name: id} of the tokens that no text encodes to
-        self.eos = eos  # ends a text
-        self.bos = bos  # stands before every text, in the models that were trained so (Llama 3); else None
+    eos: the id that ends a text, None if the model has none. bos: the id that stands before every text in the models
+    that were trained so (Llama), else None. ids: all there are. A model's vocabulary can have more rows than that, of
+    which no text is made: see `unused`."""
 
-    def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()  # half of a character, \ud800, becomes "?"
-        drop = lambda piece: piece.encode().translate(None, self.tokenless)  # noqa: E731
-        if not self.tokenless or len(drop(text)) == len(text.encode()):
-            return self.encoding.encode_ordinary(text)
-        # As Hugging Face does: bytes without a token vanish after the split into words and before the merges.
-        # (tiktoken would abort.)
-        import regex
-        words = (drop(match.group()) for match in regex.finditer(self.split, text))
-        return [i for word in words if word for i in self.encoding._encode_single_piece(word)]
+    def __init__(self, encode, decode, ids, eos: int | None, bos: int | None):
+        self._encode, self._decode = encode, decode
+        self.ids, self.eos, self.bos = frozenset(ids), eos, bos
+        # SentencePiece's kind puts a space before every text: "x" alone has the ids of " x" behind another text.
+        self.adds_space = self.encode("a x") == self.encode("a") + self.encode("x")
+
+    def encode(self, text: str, continues: bool = False) -> list[int]:
+        """The ids of a text. continues: it goes on after another one with a space, " yes" after "Answer:", which a
+        tokenizer that puts a space before every text must not double."""
+        if continues and self.adds_space:
+            text = text.removeprefix(" ")
+        return self._encode(text.encode("utf-8", "replace").decode())  # half of a character, \ud800, becomes "?"
 
     def decode(self, ids: list[int]) -> str:
-        return self.encoding.decode(ids)
+        return self._decode(ids)
 
+    def unused(self, vocab_size: int) -> list[int]:
+        """The ids of a model's vocabulary that are no token, such as those that pad it to a round number."""
+        return sorted(set(range(vocab_size)) - self.ids)
+
+
+class TextStream:
+    """The text that each token of a sequence adds to it; a character that spans tokens comes with its last one."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.decode, self.ids = tokenizer.decode, []
+        self.context, self.shown = 0, 0  # the text of self.ids[:shown] is out, of [context:shown] with the last piece
+
+    def add(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.rest()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the start of a character
+            return ""
+        self.context, self.shown = self.shown, len(self.ids)
+        return text
+
+    def rest(self) -> str:
+        """What is still to show: after the last token, what there is of a character cut short. It is read with the piece
+        before it, as decoders treat the start of a text in their own way."""
+        before = self.decode(self.ids[self.context:self.shown])
+        return self.decode(self.ids[self.context:])[len(before):]
+
+
+# ------------------------------------------------------------------------------------------------- loading
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer of a model (names as in `Transformer.from_pretrained`): byte-level BPE, from a .gguf file,
-    tokenizer.json, or GPT-2's vocab.json + merges.txt. Raises UserError for any other kind, by name."""
+    """The tokenizer of a model, by the names of `Transformer.from_pretrained`. UserError names the file, and what is
+    broken, missing or not supported."""
     path = find_model(name_or_path)
-    if path.suffix == ".gguf":
-        file, load = path, gguf_tokenizer
-    elif (path / "tokenizer.json").exists():
-        file, load = path / "tokenizer.json", json_tokenizer
-    else:
-        file, load = path / ("vocab.json" if (path / "vocab.json").exists() else "encoder.json"), gpt2_tokenizer
+    candidates = [(path, gguf_tokenizer)] if path.suffix == ".gguf" else [
+        (path / "tokenizer.json", json_tokenizer), (path / "vocab.json", gpt2_tokenizer),
+        (path / "encoder.json", gpt2_tokenizer)]  # as OpenAI called it
+    file, load = next(((file, load) for file, load in candidates if file.exists()), (None, None))
+    if file is None:
+        raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt")
     with reading(file):
-        tokenizer, size = load(file)
+        tokenizer, largest, rows = load(file)
         # else some later step would ask for a row of the embedding that is not there
-        if tokenizer.smallest < 0 or tokenizer.largest >= size:
-            raise UserError(f"ids from {tokenizer.smallest} to {tokenizer.largest}, but the model has a vocabulary of "
-                            f"{size}: not its tokenizer")
+        largest = max([largest, *(i for i in (tokenizer.eos, tokenizer.bos) if i is not None)])
+        if largest >= rows:
+            raise UserError(f"has ids up to {largest}, but the model has a vocabulary of {rows}: not its tokenizer")
     return tokenizer
 
 
-def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
-    """A tokenizer.json's tokenizer, and the size of the vocabulary that its model has."""
-    raw, directory = read_json(file), file.parent
-    model, steps = raw.get("model", {}), raw.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    kinds = [step.get("type") for step in steps]
-    if model.get("type") != "BPE" or kinds[-1:] != ["ByteLevel"] or raw.get("normalizer"):
-        raise UserError(f"{file}: not byte-level BPE without a normalizer (model {model.get('type')}, splits {kinds}); "
-                        "SentencePiece tokenizers, such as Llama 2's, are not supported")
-    first, last = steps[0], steps[-1]
-    if last.get("add_prefix_space") or first.get("behavior", "Isolated") != "Isolated" or first.get("invert"):
-        raise UserError(f"{file}: add_prefix_space, and splits that are inverted or not 'Isolated', are not supported")
-    if kinds == ["ByteLevel"]:
-        split = SPLIT["gpt-2"]
-    elif kinds == ["Digits", "ByteLevel"] and first.get("individual_digits"):
-        split = SPLIT["smollm"]
-    elif kinds == ["Split", "ByteLevel"] and "Regex" in first["pattern"] and not last.get("use_regex", True):
-        split = first["pattern"]["Regex"]
-    else:
-        raise UserError(f"{file}: this way of splitting words is not supported: {kinds}")
-    special = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    ranks = byte_ranks(model.get("vocab", {}), set(special), model.get("merges", []), file)
-    settings = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        if (directory / name).exists():
-            settings |= read_json(directory / name)
-    eos = settings.get("eos_token") or settings.get("eos_token_id")  # a name, a named dict, an id or a list of ids
-    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
-    eos = special.get(eos, eos if isinstance(eos, int) else None)
-    after = raw.get("post_processor") or {}
-    templates = [step for step in after.get("processors", [after]) if step.get("type") == "TemplateProcessing"]
-    bos = templates[0]["single"][0].get("SpecialToken", {}).get("id") if templates else None
-    return Tokenizer(directory.name, split, ranks, special, eos, special.get(bos)), model_vocabulary(directory)
+def json_tokenizer(file: Path) -> tuple[Tokenizer, int, float]:
+    """The tokenizer in a tokenizer.json, the largest id that a text can have, and the rows of the model's embedding."""
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(with_pairs(read_json(file))))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # as text
+    if getattr(backend.model, "dropout", None):
+        raise UserError(f"its merges are left out at random (dropout {backend.model.dropout}): not supported")
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    largest = max(id for token, id in vocabulary.items() if token not in special)
+
+    plain = backend.encode("x", add_special_tokens=False).ids
+    whole = backend.encode("x").ids
+    before = whole[:next(i for i in range(len(whole)) if whole[i:i + len(plain)] == plain)]
+    if len(before) > 1:
+        raise UserError(f"puts the tokens {before} before every text; expected one or none")
+    bos = before[0] if before else None
+    tokenizer = Tokenizer(lambda text: backend.encode(text, add_special_tokens=False).ids,
+                          partial(backend.decode, skip_special_tokens=False), vocabulary.values(),
+                          end_of_text(file.parent, vocabulary), bos)
+    return tokenizer, largest, embedding_rows(file.parent)
 
 
-def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
-    merges = vocab.with_name("merges.txt" if vocab.name == "vocab.json" else "vocab.bpe")
-    if not vocab.exists() or not merges.exists():
-        model = vocab.with_name("tokenizer.model").exists()
-        kind = "; it has a SentencePiece model, which is not byte-level BPE" if model else ""
-        raise UserError(f"{vocab.parent}: no tokenizer.json, nor vocab.json with merges.txt{kind}")
-    vocabulary, end = read_json(vocab), "<|endoftext|>"
-    special = {end: vocabulary[end]} if end in vocabulary else {}
+def with_pairs(raw: dict) -> dict:
+    """A tokenizer.json with its merges as pairs. `tokenizers` does not read the older "a b" where a token has a space in
+    it; it means the cut that leaves two tokens of the vocabulary."""
+    model = raw.get("model") or {}
+    vocabulary, merges = model.get("vocab"), model.get("merges") or []
+    if any(isinstance(merge, str) and merge.count(" ") != 1 for merge in merges):
+        cuts = lambda merge: [(merge[:i], merge[i + 1:]) for i, c in enumerate(merge) if c == " "]  # noqa: E731
+        model["merges"] = [next((pair for pair in cuts(merge) if {*pair, "".join(pair)} <= vocabulary.keys()), merge)
+                           for merge in merges]
+    return raw
+
+
+def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int, float]:
+    """What `json_tokenizer` returns, of GPT-2's vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
+    directory, merges = vocab.parent, vocab.with_name("merges.txt" if vocab.name == "vocab.json" else "vocab.bpe")
+    if not merges.exists():
+        raise UserError(f"there is no {merges.name} beside it")
+    settings = read_settings(directory, "tokenizer_config.json")
+    if settings.get("tokenizer_class", "GPT2Tokenizer") not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise UserError(f"a {settings['tokenizer_class']} without its tokenizer.json is not supported")
+    if settings.get("add_prefix_space"):
+        raise UserError("add_prefix_space without a tokenizer.json is not supported")
+
+    vocabulary, added = read_json(vocab), read_settings(directory, "added_tokens.json")
+    declared = settings.get("added_tokens_decoder", {}).values()
+    names = {"<|endoftext|>", *(token["content"] for token in declared if token["special"])}
+    for value in (settings | read_settings(directory, "special_tokens_map.json")).items():
+        names |= {token_name(value[1])} if value[0].endswith("_token") else set()
+    plain = {*added, *(token["content"] for token in declared)} - names
+    if plain:
+        raise UserError(f"{min(plain)!r} is added to the vocabulary and found in texts, which is not supported without "
+                        "a tokenizer.json")
+    vocabulary |= added
+    special = {name: vocabulary[name] for name in names if name in vocabulary}
     lines = merges.read_text(encoding="utf-8").split("\n")
-    lines = [line for line in lines if line and not line.startswith("#version")]
-    ranks = byte_ranks(vocabulary, set(special), lines, merges)
-    return Tokenizer("gpt2", SPLIT["gpt-2"], ranks, special, special.get(end)), model_vocabulary(vocab.parent)
+    lines = [line for line in lines[lines[0].startswith("#version"):] if line]
+    tokenizer = byte_pairs("gpt2", SPLIT["gpt-2"], vocabulary, special, lines, end_of_text(directory, vocabulary), None)
+    return tokenizer, max(vocabulary.values()), embedding_rows(directory)
 
 
-def model_vocabulary(directory: Path) -> int | float:
-    """The vocab_size in config.json; without limit for a tokenizer that is on its own."""
-    config = directory / "config.json"
-    return read_json(config).get("vocab_size", math.inf) if config.exists() else math.inf
-
-
-def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
-    get = partial(gguf_field, open_gguf(file), file)
-    kind, split = get("tokenizer.ggml.model", None), get("tokenizer.ggml.pre", None)
+def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int, float]:
+    """What `json_tokenizer` returns, of a .gguf file."""
+    gguf = GGUF(file)
+    kind, split = gguf.get("tokenizer.ggml.model", None), gguf.get("tokenizer.ggml.pre", None)
     if kind != "gpt2" or split not in SPLIT:
-        raise UserError(f"{file}: tokenizer '{kind}' with splits '{split}' is not supported; expected 'gpt2' with "
-                        f"one of {', '.join(SPLIT)}")
-    NORMAL = 1  # gguf's type of a token that text can encode to
-    tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
-    special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
+        raise UserError(f"tokenizer '{kind}' with splits '{split}' is not supported; expected 'gpt2' with one of "
+                        f"{', '.join(SPLIT)}")
+    NORMAL, USER_DEFINED = 1, 4  # gguf's types of tokens: made by merges; found in texts before all else
+    tokens, types = gguf.get("tokenizer.ggml.tokens"), gguf.get("tokenizer.ggml.token_type")
+    if USER_DEFINED in types:
+        raise UserError(f"{tokens[types.index(USER_DEFINED)]!r} is added to the vocabulary and found in texts, which is "
+                        "not supported in .gguf files")
+    if gguf.get("tokenizer.ggml.add_space_prefix", False):
+        raise UserError("tokenizer.ggml.add_space_prefix is not supported")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    ranks = byte_ranks(vocabulary, set(special), get("tokenizer.ggml.merges"), file)
-    add_bos = get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
-    bos = get("tokenizer.ggml.bos_token_id") if add_bos else None
-    eos = get("tokenizer.ggml.eos_token_id", None)
-    return Tokenizer(file.stem, SPLIT[split], ranks, special, eos, bos), len(tokens)
+    special = {token: i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ != NORMAL}
+    add_bos = gguf.get("tokenizer.ggml.add_bos_token", split == "llama-bpe")  # llama.cpp's default
+    tokenizer = byte_pairs(file.stem, SPLIT[split], vocabulary, special, gguf.get("tokenizer.ggml.merges"),
+                           gguf.get("tokenizer.ggml.eos_token_id", None),
+                           gguf.get("tokenizer.ggml.bos_token_id") if add_bos else None,
+                           whole_words=split == "llama-bpe")
+    return tokenizer, len(tokens) - 1, gguf.rows()
 
 
-def byte_ranks(vocabulary: dict[str, int], special: set[str], merges: list, file: Path) -> dict[bytes, int]:
-    """{token as bytes: id}. tiktoken first merges the pair whose token has the lowest id; that is the order of
-    `merges` ("a b" or [a, b]) in every byte-level BPE file we know, and UserError for one where it is not."""
+def byte_pairs(name: str, split: str, vocabulary: dict[str, int], special: dict[str, int], merges: list[str],
+               eos: int | None, bos: int | None, whole_words: bool = False) -> Tokenizer:
+    """Byte-level BPE by tiktoken, which first merges the pair whose token has the lowest id. That is what `merges`
+    ("a b") say in the files that tiktoken can serve; UserError for others. whole_words: a word that is a token is that
+    token, whether or not merges lead to it (Llama 3), as always in tiktoken."""
     symbols = byte_symbols()
     try:
         ranks = {bytes(symbols[c] for c in token): i for token, i in vocabulary.items() if token not in special}
-        merged = [vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)] for merge in merges]
+        made = [merge.replace(" ", "", 1) for merge in merges]
+        ids = [vocabulary[token] for token in made]
     except KeyError as error:
-        raise UserError(f"{file}: not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
+        raise UserError(f"not byte-level BPE: {error} is not in its alphabet or vocabulary") from None
     if len(set(vocabulary.values())) < len(vocabulary):
-        raise UserError(f"{file}: two tokens of its vocabulary have the same id")
-    if merged != sorted(merged):
-        raise UserError(f"{file}: its merges are not in the order of their tokens' ids, which is not supported")
-    return ranks
+        raise UserError("two tokens of its vocabulary have the same id")
+    if ids != sorted(ids):
+        raise UserError("its merges are not in the order of their tokens' ids, which is not supported")
+    made_by_none = [token for token in vocabulary if len(token) > 1 and token not in special] if not whole_words else []
+    if unmade := set(made_by_none) - set(made):
+        raise UserError(f"no merge makes the token {min(unmade)!r}, which is not supported")
+
+    encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
+    # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256).
+    tokenless = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+
+    def encode(text: str) -> list[int]:
+        drop = lambda piece: piece.encode().translate(None, tokenless)  # noqa: E731
+        if not tokenless or len(drop(text)) == len(text.encode()):
+            return encoding.encode_ordinary(text)
+        # As Hugging Face does: bytes without a token vanish after the split into words and before the merges.
+        # (tiktoken would abort.)
+        words = (drop(match.group()) for match in regex.finditer(split, text))
+        return [i for word in words if word for i in encoding._encode_single_piece(word)]
+
+    return Tokenizer(encode, encoding.decode, vocabulary.values(), eos, bos)
 
 
 def byte_symbols() -> dict[str, int]:
@@ -163,36 +232,71 @@ def byte_symbols() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+# ------------------------------------------------------------------------------- what the files beside it say
+
+def read_settings(directory: Path, name: str) -> dict:
+    """A JSON file of a model's directory; {} if it is not there."""
+    return read_json(directory / name) if (directory / name).exists() else {}
+
+
+def token_name(token) -> str | None:
+    """A special token is given by its name, or by an object with its name."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def embedding_rows(directory: Path) -> float:
+    """The vocab_size in config.json; without limit for a tokenizer that is on its own."""
+    return read_settings(directory, "config.json").get("vocab_size", math.inf)
+
+
+def end_of_text(directory: Path, vocabulary: dict[str, int]) -> int | None:
+    """The id that ends a text, as transformers finds it: by name, then by id; GPT-2's is known without."""
+    config = read_settings(directory, "config.json")
+    settings, special = (read_settings(directory, f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
+    kind = settings.get("tokenizer_class", config.get("model_type", "gpt2"))
+    if "added_tokens_decoder" not in settings:  # in an older model, special_tokens_map.json has the last word
+        settings |= special
+    name = token_name(settings.get("eos_token"))
+    if name in vocabulary:
+        return vocabulary[name]
+    for file in ("generation_config.json", "config.json"):
+        ids = read_settings(directory, file).get("eos_token_id")
+        if ids == []:
+            raise UserError(f"{directory / file}: eos_token_id is an empty list; expected the id that ends a text")
+        id = ids[0] if isinstance(ids, list) else ids  # of several, transformers takes the first as the tokenizer's
+        if id is not None:
+            if not isinstance(id, int) or isinstance(id, bool) or id < 0:
+                raise UserError(f"{directory / file}: eos_token_id is {ids!r}; expected a token's id")
+            return id
+    return vocabulary.get("<|endoftext|>") if kind in ("gpt2", "GPT2Tokenizer", "GPT2TokenizerFast") else None
+
+
+# ------------------------------------------------------------------------------------ .gguf -> tokenizer.json
+
 def write_gguf_tokenizer(file: Path, directory: Path) -> dict:
     """A .gguf file's tokenizer as tokenizer.json and tokenizer_config.json. Returns the ids that config.json names."""
-    get = partial(gguf_field, open_gguf(file), file)
-    tokenizer, tokens = load_tokenizer(file), get("tokenizer.ggml.tokens")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.split}, "behavior": "Isolated", "invert": False}
-    steps = {"gpt-2": [byte_level], "smollm": [{"type": "Digits", "individual_digits": True}, byte_level],
-             "llama-bpe": [split, byte_level | {"use_regex": False}]}[get("tokenizer.ggml.pre")]
-    special = [{"id": i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False} for token, i in tokenizer.special.items()]
-    first = None  # the token that stands before every text
-    if tokenizer.bos is not None:
-        name = tokens[tokenizer.bos]
-        single = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        first = {"type": "TemplateProcessing", "single": single,
-                 "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
-                 "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]}}}
-    (directory / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": first, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": get("tokenizer.ggml.pre") == "llama-bpe",
-                  "vocab": {token: i for i, token in enumerate(tokens)}, "merges": get("tokenizer.ggml.merges")}},
-        ensure_ascii=False), encoding="utf-8")
-    ids = {name: get(f"tokenizer.ggml.{key}_token_id", None) for name, key in (
+    gguf, known = GGUF(file), load_tokenizer(str(file))
+    tokens, types, split = (gguf.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "pre"))
+    merges = [tuple(merge.split(" ", 1)) for merge in gguf.get("tokenizer.ggml.merges")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=split == "llama-bpe"))
+    backend.add_special_tokens([token for token, type_ in zip(tokens, types) if type_ != 1])
+    cut = tokenizers.pre_tokenizers
+    backend.pre_tokenizer = {
+        "gpt-2": cut.ByteLevel(add_prefix_space=False),
+        "smollm": cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=False)]),
+        "llama-bpe": cut.Sequence([cut.Split(tokenizers.Regex(SPLIT["llama-bpe"]), "isolated"),
+                                   cut.ByteLevel(add_prefix_space=False, use_regex=False)])}[split]
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    if known.bos is not None:
+        name = tokens[known.bos]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, known.bos)])
+    backend.save(str(directory / "tokenizer.json"))
+    ids = {name: gguf.get(f"tokenizer.ggml.{key}_token_id", None) for name, key in (
         ("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}
     settings = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": get("llama.context_length"),
-                 "clean_up_tokenization_spaces": False, "chat_template": get("tokenizer.chat_template", None)}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": gguf.get("llama.context_length"),
+                 "clean_up_tokenization_spaces": False, "chat_template": gguf.get("tokenizer.chat_template", None)}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return {f"{name}_token_id": i for name, i in ids.items() if name != "unk" and i is not None}

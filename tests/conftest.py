@@ -1,10 +1,12 @@
 """Tiny random models, written to disk in Hugging Face layout as transformers would, without needing transformers."""
 import json
 import shutil
+from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.download import cache_dir
 from data.tokenizer import byte_symbols
@@ -89,6 +91,64 @@ def write_llama(directory, d=32, layers=2, heads=4, kv_heads=2, head_dim=None, d
               "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": tied, "attention_bias": bias,
               "mlp_bias": bias, "bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1, "head_dim": s} | (extra or {})
     return write_model(directory, random_tensors(shapes), config, **options)
+
+
+def write_gguf(path, directory, quantise=None, pre="gpt-2"):
+    """A llama.cpp file with the weights and tokenizer of a tiny Llama in Hugging Face layout."""
+    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(raw["model"]["merges"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    if pre == "llama-bpe":
+        writer.add_bos_token_id(len(tokens) - 1)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        if name.startswith("model.layers."):
+            layer, name = name.removeprefix("model.layers.").split(".", 1)
+            for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+                if part in name:  # llama.cpp's own order: the channels of a rotation side by side
+                    tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            target = f"blk.{layer}.{names[name]}.{kind}"
+        else:
+            target = f"{names[name]}.{kind}"
+        array = tensor.contiguous().numpy()
+        if quantise and array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(target, gguf.quants.quantize(array, quantise), raw_dtype=quantise)
+        else:
+            writer.add_tensor(target, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def hub_files(name):
+    """The directory with the metadata of a published model; a test that asks for it is skipped where it is missing."""
+    if not (SHARED / "hub_files" / name).is_dir():
+        pytest.skip(f"the published files of {name} are not beside the repository (../shared/data/hub_files)")
+    return SHARED / "hub_files" / name
 
 
 @pytest.fixture

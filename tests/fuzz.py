@@ -21,8 +21,7 @@ import torch
 
 if __name__ == "__main__":  # run as a script
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from conftest import write_gpt2, write_llama  # noqa: E402
-from test_model import write_gguf  # noqa: E402
+from conftest import write_gguf, write_gpt2, write_llama  # noqa: E402
 
 from data.commonsense import FORMS, scoring_questions, training_question  # noqa: E402
 from data.cli import Flags  # noqa: E402

@@ -253,7 +253,7 @@ CASES = [
     ("train", "", "rope_scaling is {'factor': 0", change("llama/config.json", rope_scaling={
         "rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4,
         "original_max_position_embeddings": 8})),
-    ("train", "", "llama/tokenizer.json: ids from 0 to 262, but the model has a vocabulary of 99",
+    ("train", "", "llama/tokenizer.json: has ids up to 262, but the model has a vocabulary of 99",
      change("llama/config.json", vocab_size=99)),
     ("train", "", "llama/tokenizer.json: broken or truncated", change("llama/tokenizer.json", added_tokens=3)),
     ("train", "", "names no end-of-text token", remove("llama/tokenizer_config.json"),

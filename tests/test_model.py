@@ -5,10 +5,9 @@ import shutil
 import pytest
 import torch
 
-from conftest import VOCAB, write_gpt2, write_llama
+from conftest import VOCAB, write_gguf, write_gpt2, write_llama
 from data.commonsense import Question, pack
 from data.files import UserError
-from data.tokenizer import SPLIT, byte_symbols
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -221,54 +220,6 @@ def test_unknown_models_name_the_ways_out(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- GGUF
 
-def write_gguf(path, directory, quantise=None):
-    """A llama.cpp file with the weights and tokenizer of a tiny Llama in Hugging Face layout."""
-    gguf = pytest.importorskip("gguf")
-    from safetensors.torch import load_file
-    config, tensors = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    raw = json.loads((directory / "tokenizer.json").read_text())
-    tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(raw["model"]["merges"])
-    writer.add_eos_token_id(len(tokens) - 1)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-    for key, tensor in tensors.items():
-        name, _, kind = key.rpartition(".")
-        if name.startswith("model.layers."):
-            layer, name = name.removeprefix("model.layers.").split(".", 1)
-            for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
-                if part in name:  # llama.cpp's own order: the channels of a rotation side by side
-                    tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-            target = f"blk.{layer}.{names[name]}.{kind}"
-        else:
-            target = f"{names[name]}.{kind}"
-        array = tensor.contiguous().numpy()
-        if quantise and array.ndim == 2 and array.shape[1] % 32 == 0:
-            writer.add_tensor(target, gguf.quants.quantize(array, quantise), raw_dtype=quantise)
-        else:
-            writer.add_tensor(target, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_a_gguf_file_gives_the_same_model_and_tokenizer(llama, tmp_path):
     file = write_gguf(tmp_path / "tiny.gguf", llama)
     ids = torch.randint(0, VOCAB, (2, 30), generator=torch.Generator().manual_seed(3))
@@ -296,77 +247,6 @@ def test_a_broken_gguf_file_is_refused(llama, tmp_path):
     file.write_bytes(whole.replace(b"llama", b"qwenn"))
     with pytest.raises(UserError, match="architecture 'qwenn'"):
         Transformer.from_pretrained(file)
-
-
-# --------------------------------------------------------------------------------------------- tokenizer
-
-TEXTS = ["", " ", "the then in", "Hello  world!\n\n\tTabs", "don't I'll we've 'S", "été naïve 東京 🙂👍🏽", "a1 22 333  4444 x5",
-         "  12  ab \n 3", "\r\n \r\n", "<|endoftext|> is text here", "e=mc²  ½ Ⅷ ٣"]
-
-
-def test_tokenizer_json_equals_hugging_face(llama):
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle here")
-    theirs, ours = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json")), load_tokenizer(llama)
-    for text in TEXTS:
-        if "<|" not in text:
-            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
-        assert ours.decode(ours.encode(text)) == text
-
-
-def test_digits_split_one_by_one_equal_hugging_face(llama):
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle here")
-    raw = json.loads((llama / "tokenizer.json").read_text())
-    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
-                                                                  raw["pre_tokenizer"]]}
-    (llama / "tokenizer.json").write_text(json.dumps(raw))
-    theirs, ours = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json")), load_tokenizer(llama)
-    for text in TEXTS:
-        if "<|" not in text:
-            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
-
-
-def test_llama_3_tokenizer_json_splits_as_hugging_face_and_has_a_first_token(llama):
-    raw = json.loads((llama / "tokenizer.json").read_text())
-    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": SPLIT["llama-bpe"]}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
-    end = "<|endoftext|>"
-    single = [{"SpecialToken": {"id": end, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    raw["post_processor"] = {"type": "Sequence", "processors": [
-        {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 1}}],
-         "special_tokens": {end: {"id": end, "ids": [VOCAB - 1], "tokens": [end]}}}]}
-    (llama / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = load_tokenizer(llama)
-    assert tokenizer.bos == VOCAB - 1
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is the oracle here")
-    theirs = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
-    for text in TEXTS:
-        if "<|" not in text:
-            assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
-
-
-def test_gpt2_files_give_the_same_tokenizer_as_tokenizer_json(llama, tmp_path):
-    raw = json.loads((llama / "tokenizer.json").read_text())
-    (tmp_path / "vocab.json").write_text(json.dumps(raw["model"]["vocab"]))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(raw["model"]["merges"]))
-    for text in TEXTS:
-        assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(llama).encode(text)
-    assert load_tokenizer(tmp_path).eos == VOCAB - 1
-
-
-def test_sentencepiece_tokenizers_are_refused_by_name(llama, tmp_path):
-    raw = json.loads((llama / "tokenizer.json").read_text())
-    raw["normalizer"], raw["pre_tokenizer"] = {"type": "Prepend", "prepend": "▁"}, None
-    (llama / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="SentencePiece"):
-        load_tokenizer(llama)
-    (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(UserError, match="SentencePiece"):
-        load_tokenizer(tmp_path)
-
-
-def test_the_byte_alphabet_is_complete():
-    assert sorted(byte_symbols().values()) == list(range(256))
 
 
 # ------------------------------------------------------------------------------------------ real weights

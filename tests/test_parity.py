@@ -1,25 +1,21 @@
 """Against the reference implementations, in float64: transformers (the model), peft (the adapters and their files),
 tokenizers (the ids). What is missing on a machine is skipped with a reason; requirements-dev.txt brings all three."""
 import functools
-import gzip
 import json
-import random
 import time
-from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from conftest import VOCAB, write_gpt2, write_llama
+from conftest import VOCAB, write_gguf, write_gpt2, write_llama
 from data import peft_format
 from data.files import UserError
 from gatera import (METHODS, AdapterConfig, adapter_state, export_peft, gated_layers, inject_adapters, load_adapter,
                     merge_adapters, save_adapter)
-from data.gguf import open_gguf
-from data.tokenizer import SPLIT, gguf_tokenizer
 from data.weights import hugging_face_name, save_pretrained
 from model import Transformer, TransformerConfig, inverse_frequencies, load_tokenizer
 
@@ -75,7 +71,7 @@ def to_ours(gradients, config):
     """{transformers' name: gradient} -> by our names: Conv1D transposed, c_attn split."""
     from data.weights import gpt2_weights, llama_weights
     rename = gpt2_weights if config.positions == "learned" else llama_weights
-    return {name: tensor for key, gradient in gradients.items() for name, tensor in rename(key, gradient, config.tied_head)}
+    return {name: tensor for key, gradient in gradients.items() for name, tensor in rename(key, gradient)}
 
 
 @pytest.mark.parametrize("kind", MATRIX)
@@ -521,7 +517,6 @@ EXPORTS = {
 
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_a_merged_model_in_hugging_face_layout(kind, theirs, tmp_path):
-    tokenizers = need("tokenizers")
     base = EXPORTS[kind](tmp_path / "base")
     model = random_adapter(base, "hira")
     before = model(IDS)
@@ -549,8 +544,7 @@ def test_an_adapted_tied_head_is_written_untied(theirs, tmp_path):
 
 
 def test_a_gguf_base_is_written_with_its_tokenizer(llama, theirs, tmp_path):
-    from test_model import TEXTS, write_gguf
-    tokenizers = need("tokenizers")
+    from test_tokenizer import TEXTS
     file = write_gguf(tmp_path / "tiny.gguf", llama)
     model = Transformer.from_pretrained(file, dtype=torch.float64)
     save_pretrained(model, tmp_path / "merged", file)
@@ -591,108 +585,6 @@ def test_eval_exports_a_run(kind, llama, theirs, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-# --------------------------------------------------------------------------------------------- tokenizers
-
-ALPHABETS = ["abcdefghij XYZ", "0123456789²½Ⅷ٣१", " \t\n\r\x0b\x0c\x85\xa0\u2003\u2028\u3000", "'s't're've'm'll'd'S'LL",
-             "!?.,;:-_()[]{}<|>\"'`~@#$%^&*", "éüñßçøåÅıİſ", "東京日本語한국어ไทย", "🙂👍🏽👨‍👩‍👧‍👦🇩🇪",
-             "\u0301\u0300\u200d\u200b\ufeff\u0915\u093f", "\x00\x01\x02\x04\x06\x13\x14\x16\x1d\x7f", "the then inner "]
-
-
-def fuzzed_texts(n):
-    rng = random.Random(0)
-    piece = lambda: "".join(rng.choices(rng.choice(ALPHABETS), k=rng.randint(1, 6)))  # noqa: E731
-    return ["", " ", "\n", "  \n 1"] + ["".join(piece() for _ in range(rng.randint(0, 12))) for _ in range(n)]
-
-
-def sampled_texts(step):
-    """Every step-th record of the commonsense files, where they are at hand."""
-    files = sorted((Path(__file__).parents[2] / "shared" / "data" / "commonsense").glob("*/t*.json.gz"))
-    if not files:
-        pytest.skip("the commonsense files are not beside the repository (../shared/data)")
-    for file in files:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            yield from (f"{r['instruction']}\n{r['output']}" for r in json.load(lines)[::step])
-
-
-def assert_same_ids(ours, theirs, texts):
-    texts = list(texts)
-    for text, encoding in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
-        assert ours.encode(text) == encoding.ids, repr(text)
-
-
-def bpe(vocabulary, merges, *steps):
-    tokenizers = need("tokenizers")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=pairs))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(list(steps))
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def gpt2_files():
-    """GPT-2's own vocabulary and merges."""
-    directory = Path(__file__).parents[2] / "shared" / "data" / "gpt2_bpe"
-    if not directory.is_dir():
-        pytest.skip("GPT-2's encoder.json and vocab.bpe are not beside the repository (../shared/data/gpt2_bpe)")
-    lines = (directory / "vocab.bpe").read_text(encoding="utf-8").split("\n")
-    return directory, json.loads((directory / "encoder.json").read_text()), [line for line in lines[1:] if line]
-
-
-def test_gpt2_ids_equal_hugging_face(gpt2_files):
-    directory, vocabulary, merges = gpt2_files
-    from tokenizers.pre_tokenizers import ByteLevel
-    theirs, ours = bpe(vocabulary, merges, ByteLevel(add_prefix_space=False)), load_tokenizer(directory)
-    assert_same_ids(ours, theirs, fuzzed_texts(3000))
-    assert_same_ids(ours, theirs, sampled_texts(200))
-
-
-@pytest.mark.parametrize("kind", SPLIT)
-def test_variants_of_tokenizer_json_equal_hugging_face(kind, gpt2_files, tmp_path):
-    """GPT-2's vocabulary behind each way of splitting words: GPT-2's own, digits one by one, Llama 3's pattern."""
-    from tokenizers import AddedToken, Regex
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
-    _, vocabulary, merges = gpt2_files
-    steps = {"gpt-2": [ByteLevel(add_prefix_space=False)],
-             "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
-             "llama-bpe": [Split(Regex(SPLIT["llama-bpe"]), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]}
-    theirs = bpe(vocabulary, merges, *steps[kind])
-    theirs.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer(tmp_path)
-    assert_same_ids(ours, theirs, fuzzed_texts(3000))
-    assert_same_ids(ours, theirs, sampled_texts(2000))
-
-
-@pytest.mark.slow
-def test_smollm2_ids_equal_hugging_face(smollm, tmp_path):
-    """Against a tokenizer built from the file's tokens and merges. 21 bytes have no token in it: they vanish."""
-    from data.download import smollm2_135m
-    from tokenizers.pre_tokenizers import ByteLevel, Digits
-    fields = open_gguf(smollm2_135m()).fields
-    vocabulary = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"].contents())}
-    theirs = bpe(vocabulary, fields["tokenizer.ggml.merges"].contents(),
-                 Digits(individual_digits=True), ByteLevel(add_prefix_space=False))
-    ours = load_tokenizer(smollm)
-    assert len(ours.tokenless) == 21
-    assert_same_ids(ours, theirs, fuzzed_texts(3000))
-    assert_same_ids(ours, theirs, sampled_texts(20))
-
-
-@pytest.mark.slow
-def test_smollm2_is_written_in_hugging_face_layout(smollm, theirs, tmp_path):
-    transformers = need("transformers")
-    model = Transformer.from_pretrained(smollm)
-    save_pretrained(model, tmp_path / "merged", smollm)
-    reference = theirs(tmp_path / "merged", "auto")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    text = "Question: Which gas do plants take in from the air?\nAnswer:"
-    ids = load_tokenizer(smollm).encode(text)
-    assert tokenizer.encode(text) == ids
-    with torch.no_grad():
-        close(model(torch.tensor([ids])), reference(torch.tensor([ids])).logits, 2e-4)
-    assert_same_ids(load_tokenizer(tmp_path / "merged"), tokenizer.backend_tokenizer, fuzzed_texts(500))
-
-
 # ------------------------------------------------------------------------------- files that cannot be read
 
 def change_json(file, change):
@@ -702,10 +594,10 @@ def change_json(file, change):
 
 
 CONFIGS = {
-    "architecture 'mistral' is not supported; gpt2 and llama are":
+    "architecture 'mistral' is not supported here: .* call gatera.inject_adapters on it":
         lambda raw: raw.update(model_type="mistral", sliding_window=4096),
-    "architecture 'qwen2' is not supported; gpt2 and llama are": lambda raw: raw.update(model_type="qwen2"),
-    "architecture 'None' is not supported; gpt2 and llama are": lambda raw: raw.pop("model_type"),
+    "architecture 'qwen2' is not supported here": lambda raw: raw.update(model_type="qwen2"),
+    "architecture 'None' is not supported here": lambda raw: raw.pop("model_type"),
     "config.json: n_head is 0, expected a positive whole number": lambda raw: raw.update(num_attention_heads=0),
     "config.json: n_layer is 'two', expected a positive": lambda raw: raw.update(num_hidden_layers="two"),
     "config.json: field 'hidden_size' is missing": lambda raw: raw.pop("hidden_size"),
@@ -723,27 +615,6 @@ def test_other_architectures_are_refused_by_name(message, llama):
     assert "\n" not in str(caught.value) and str(llama) in str(caught.value)
 
 
-TOKENIZERS = {
-    "SentencePiece": lambda raw: raw.update(normalizer={"type": "Prepend", "prepend": "▁"}, pre_tokenizer=None),
-    "model Unigram": lambda raw: raw["model"].update(type="Unigram"),
-    "this way of splitting words is not supported: .'Whitespace', 'ByteLevel'.": lambda raw: raw.update(
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, raw["pre_tokenizer"]]}),
-    "merges are not in the order": lambda raw: raw["model"].update(merges=raw["model"]["merges"][::-1]),
-    "two tokens of its vocabulary have the same id": lambda raw: raw["model"]["vocab"].update({"in": 7}),
-    "'qx' is not in its alphabet or vocabulary": lambda raw: raw["model"]["merges"].append("q x"),
-    "'▁' is not in its alphabet": lambda raw: raw["model"]["vocab"].update({"▁the": 900}),
-    "SentencePiece tokenizers": lambda raw: raw.pop("model"),
-}
-
-
-@pytest.mark.parametrize("message", TOKENIZERS)
-def test_other_tokenizers_are_refused_by_name(message, llama):
-    change_json(llama / "tokenizer.json", TOKENIZERS[message])
-    with pytest.raises(UserError, match=message) as caught:
-        load_tokenizer(llama)
-    assert "\n" not in str(caught.value) and "tokenizer.json" in str(caught.value)
-
-
 @pytest.mark.parametrize("content", ["[]", "3", "{", "\xff"])
 def test_json_files_that_hold_something_else_are_named(content, llama):
     for name, load in (("tokenizer.json", load_tokenizer), ("config.json", Transformer.from_pretrained)):
@@ -753,7 +624,6 @@ def test_json_files_that_hold_something_else_are_named(content, llama):
 
 
 def test_every_truncation_of_a_weights_file_is_refused(llama, tmp_path):
-    from test_model import write_gguf
     gguf = write_gguf(tmp_path / "tiny.gguf", llama)
     for file, model in ((llama / "model.safetensors", llama), (gguf, gguf)):
         whole = file.read_bytes()
@@ -761,22 +631,3 @@ def test_every_truncation_of_a_weights_file_is_refused(llama, tmp_path):
             file.write_bytes(whole[:part])
             with pytest.raises(UserError, match=file.name):
                 Transformer.from_pretrained(model)
-
-
-def test_a_gguf_file_with_another_tokenizer_or_rope_is_refused(llama, tmp_path, monkeypatch):
-    import gguf
-    from test_model import write_gguf
-    file = write_gguf(tmp_path / "tiny.gguf", llama)
-    whole = file.read_bytes()
-    for key in (b"llama.block_count", b"tokenizer.ggml.merges"):
-        file.write_bytes(whole.replace(key, key[:-1] + b"x"))
-        with pytest.raises(UserError, match=f"tiny.gguf: the metadata has no {key.decode()}"):
-            (load_tokenizer if b"token" in key else Transformer.from_pretrained)(file)
-    file.write_bytes(whole.replace(b"gpt-2", b"qwen2"))
-    with pytest.raises(UserError, match="tiny.gguf: tokenizer 'gpt2' with splits 'qwen2' is not supported"):
-        gguf_tokenizer(file)
-    finish = gguf.GGUFWriter.write_header_to_file
-    monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", lambda self: (
-        self.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), finish(self)))
-    with pytest.raises(UserError, match="scaled.gguf: rope scaling 'linear' is not supported"):
-        Transformer.from_pretrained(write_gguf(tmp_path / "scaled.gguf", llama))
