@@ -48,8 +48,8 @@ from data.cli import Flags, device_problems, pick_device, run_command
 from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
 from eval import UNIMPORTANT, accuracy_key, evaluate, log_likelihoods
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, gated_layers,
-                    inject_adapters, load_adapter, save_adapter)
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
+                    gated_layers, inject_adapters, load_adapter, save_adapter)
 from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config
 
 
@@ -72,7 +72,7 @@ class Config:
     entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
     gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
     skip_closed: float = 0.0        # tokens with a gate up to this skip the update and its cost; 0: none do
-    gate_lr: float = 0.0            # learning rate of w_g and b_g; 0: the same as lr
+    gate_lr: float = 0.0            # learning rate of the gates; 0: the same as lr
     # data
     tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
     form: str = "label"             # label (the papers' instruction) or cloze (the answer's own words)
@@ -286,8 +286,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
         compile_blocks(model)
     model.train()
 
-    gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
-    others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
+    gates = gate_parameters(model)
+    others = [p for p in trainable.values() if not any(p is gate for gate in gates)]
     groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]
     optimizer = torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -774,9 +774,9 @@ def plan(c: Config) -> str:
     one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), c, dtype) for n in (1, 2))
     of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
-    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time
-    hira = c.peft in ("hira", "gatera")
-    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if hira else 0
+    # the dense product and BA in HiRA's backward, of one layer at a time
+    widest = max(2 * layer.weight.nbytes if hasattr(layer.update, "product") else 0
+                 for layer in gated_layers(model).values())
     program = 0.85 * 2**30 if device.type == "cpu" else 0  # Python, PyTorch and the heap's gaps, as measured
 
     def peak(n: int, checkpointing: bool, fsdp: bool) -> float:

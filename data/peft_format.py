@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from data.files import UserError, is_number, read_json, read_tensors, reading, write_atomically
+from data.weights import hugging_face_name
 
 # Fields of adapter_config.json that are followed, or that do not change what the adapter computes. All others have to be
 # off, so that whatever peft invents is refused by name instead of overlooked.
@@ -183,27 +184,30 @@ def holds_only_blocks(parts: dict, chosen: dict[str, list[str]], r: int) -> bool
 
 # ------------------------------------------------------------------------------------------------ writing
 
-def write_peft(directory: Path, parts: dict[str, list[dict[str, torch.Tensor]]], names: list[str],
-               method: tuple[dict, dict], r: int, scaling: float, dropout: float, base: str | None) -> None:
+def write_peft(directory: Path, adapter: dict[str, dict[str, torch.Tensor]], layers: dict[str, list[str]],
+               weights: dict[str, torch.Tensor], method: tuple[dict, dict], r: int, scaling: float, dropout: float,
+               base: str | None) -> None:
     """Writes an adapter for PeftModel.from_pretrained.
 
-    parts: {transformers' name of an adapted layer: the tensors of ours that are in it, q, k, v for c_attn, else one}.
-    names: transformers' names of all linear layers. base: where peft finds the base model.
+    adapter: {our name of an adapted layer: tensors}. layers: as in `read_peft`. weights: {our name: W0} of all of them.
+    r, scaling (s), dropout: the adapter's. base: where peft finds the base model.
     """
     fields, keys = method
-    rank = r * max(map(len, parts.values()))
+    chosen = {theirs: names for theirs, names in layers.items() if any(name in adapter for name in names)}
+    rank = r * max(map(len, chosen.values()))
     tensors = {}
-    for theirs, several in parts.items():
-        A, B = torch.cat([part["A"] for part in several]), torch.block_diag(*(part["B"] for part in several))
-        fill = rank - len(A)
-        whole = {leaf: torch.cat([part[leaf] for part in several]) for leaf in keys}                # m: (out,)
-        whole |= {"A": F.pad(A, (0, 0, 0, fill)), "B": F.pad(B, (0, fill))}         # (rank, in), (out, rank)
+    for theirs, names in chosen.items():
+        parts = [adapter.get(name) or neutral(weights[name], r) for name in names]
+        whole = {leaf: torch.cat([part[leaf] for part in parts]) for leaf in keys}                  # m: (out,)
+        whole["A"] = F.pad(whole["A"], (0, 0, 0, rank - len(whole["A"])))                           # (rank, in)
+        B = torch.block_diag(*(part["B"] for part in parts))
+        whole["B"] = F.pad(B, (0, rank - B.shape[1]))                                               # (out, rank)
         tensors |= {f"base_model.model.{theirs}.{key}": whole[leaf].detach().cpu().contiguous()
                     for leaf, key in keys.items()}
-    kind = fields["peft_type"].lower()
+    kind, conv1d = fields["peft_type"].lower(), any(name.startswith("transformer.h.") for name in layers)  # GPT-2's
     raw = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base, "r": rank,
-           "target_modules": sorted(ends(list(parts), names)), f"{kind}_dropout": dropout,
-           "fan_in_fan_out": any(name.startswith("transformer.h.") for name in names)} | fields  # GPT-2's Conv1D keeps (in, out)
+           "target_modules": sorted(ends(list(chosen), list(layers))), f"{kind}_dropout": dropout,
+           "fan_in_fan_out": conv1d} | fields
     if kind == "lora":
         raw |= {"lora_alpha": scaling * rank, "use_rslora": False, "bias": "none"}
     text = json.dumps(raw, indent=2) + "\n"
@@ -211,7 +215,22 @@ def write_peft(directory: Path, parts: dict[str, list[dict[str, torch.Tensor]]],
     write_atomically(directory / "adapter_config.json", lambda path: path.write_text(text))
 
 
+def neutral(W0: torch.Tensor, r: int) -> dict[str, torch.Tensor]:
+    """An adapter that changes nothing, for a q, k or v without one in a c_attn that has others."""
+    W0 = W0.detach().to(torch.promote_types(W0.dtype, torch.float32))               # (out, in)
+    return {"A": W0.new_zeros(r, W0.shape[1]), "B": W0.new_zeros(W0.shape[0], r), "m": W0.norm(dim=1)}
+
+
 # ------------------------------------------------------------------------------------------------ names
+
+def transformers_names(names: list[str], config) -> dict[str, list[str]]:
+    """{transformers' name of a layer: ours}; in a model of transformers, which has another config, both are the same."""
+    layers = {}
+    for name in names:
+        theirs = hugging_face_name(name, config) if hasattr(config, "positions") else name
+        layers.setdefault(theirs, []).append(name)
+    return layers
+
 
 def ends_in(name: str, end: str) -> bool:
     """Whether a layer's name is `end`, or ends in it behind a dot."""

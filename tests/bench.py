@@ -293,11 +293,11 @@ def open_a_fifth(model, batch):
     """Gives every gate a random direction and the b_g that leaves a fifth of this batch's tokens open."""
     torch.manual_seed(0)
     for layer in gated_layers(model).values():
-        layer.w_g.data.normal_()
+        layer.gate.w_g.data.normal_()
     with torch.no_grad():  # B is zero: opening a gate changes nothing for the layers behind it
         model(batch.ids, documents=batch.documents, select=batch.select)
         for layer in gated_layers(model).values():
-            layer.b_g -= layer.gate_logit.quantile(0.8)
+            layer.gate.b_g -= layer.gate_logit.quantile(0.8)
 
 
 def parts(args):

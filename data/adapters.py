@@ -1,0 +1,38 @@
+"""An adapter's directory: adapter.safetensors with its tensors and adapter.json with its settings, or what peft wrote."""
+import json
+from pathlib import Path
+
+import torch
+
+from data.files import UserError, read_json, read_tensors, reading, write_atomically, write_tensors
+from data.peft_format import read_peft
+
+
+def write_adapter(directory: Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
+    text = json.dumps(settings, indent=2) + "\n"
+    write_tensors(directory / "adapter.safetensors", tensors, text)  # there too, where its checksum covers it
+    write_atomically(directory / "adapter.json", lambda path: path.write_text(text))
+
+
+def read_adapter(directory: Path, known: list[str], layers: dict[str, list[str]], methods: dict) -> tuple:
+    """(The file that holds the tensors, the settings, the tensors by our names.)
+
+    known: the names that settings may have. layers and methods: as `read_peft` wants them. UserError names the file that
+    is missing, damaged, or not as it was saved."""
+    file, about = directory / "adapter.safetensors", directory / "adapter.json"
+    if (directory / "adapter_config.json").exists() and not file.exists():
+        with reading(directory):
+            settings, parts = read_peft(directory, layers, methods)
+        return directory / "adapter_model.safetensors", settings, {
+            f"{name}.update.{leaf}": tensor for name, part in parts.items() for leaf, tensor in part.items()}
+    if not about.exists():
+        raise UserError(f"{about}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
+                        "that peft wrote")
+    settings = read_json(about)
+    if unknown := set(settings) - set(known):
+        raise UserError(f"{about}: unknown fields {', '.join(sorted(unknown))}")
+    tensors, text = read_tensors(file, with_info=True)
+    if text and json.loads(text) != settings:
+        raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
+                        "damaged, copy it again")
+    return file, settings, tensors
