@@ -47,7 +47,7 @@ from data.prepare import DEFAULT, TASKS, load_records, task_names
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
-                    merge_adapters, set_skip_closed)
+                    merge_adapters)
 from model import KVCache, Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
@@ -675,7 +675,7 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
 def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_len: int, args, out: Path):
     """eval.py --gates: writes gates.html, the pictures, and their numbers in gates.json."""
     run = args.run
-    names = [name for name, layer in gated_layers(model).items() if layer.gate != "none"]
+    names = [name for name, layer in gated_layers(model).items() if layer.gate is not None]
     if not names:
         raise UserError(f"{run}: its adapter has no gates to show")
     traces = {task: trace_gates(model, tokenizer, own, form, max_len) for task, own in records.items()}
@@ -727,7 +727,7 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
         print(f"the prompt is longer than {max_len} tokens and lost its first {cut}")
     ids = first + ids[max(0, cut):]
     layers = gated_layers(model).values()
-    if any(layer.gate != "none" for layer in layers):
+    if any(layer.gate is not None for layer in layers):
         steps = [(i + 0.5) / len(RAMP) for i in range(len(RAMP))]
         legend = " ".join(paint(f" {gate:.1f} ", gate, colour) for gate in steps)
         print("mean gate: " + (legend if colour else "in brackets after each token"))
@@ -884,9 +884,7 @@ def main(argv: list[str] | None = None) -> dict:
     # the start of each weight tells one base from another, at no cost
     base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
     if adapter is not None:
-        load_adapter(model, adapter)
-        if args.skip_closed is not None:
-            set_skip_closed(model, args.skip_closed)
+        load_adapter(model, adapter, **({} if args.skip_closed is None else {"skip_closed": args.skip_closed}))
 
     if args.export:
         return export(model, base, *args.export)

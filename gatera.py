@@ -4,8 +4,8 @@
     inject_adapters(model, AdapterConfig(method="hira", gate="token", r=32))
 
 A pretrained model, the base, stays frozen. What trains is an adapter: beside each of some linear layers of the base an
-update Delta, and a gate g that decides how much of it a token gets. One formula covers every method here. For a base
-layer y = W0 x + b, W0 (out, in), and the input x_t (in,) of token t:
+update Delta, and a gate g that decides how much of it a token gets. One formula covers every method here. For a layer
+y = W0 x + b of the base, W0 (out, in), and the input x_t (in,) of token t:
 
     y_t = W0 x_t + b + g(x_t) * Delta(x_t)               g(x) = sigmoid(w_g . x + b_g)       (GateRA, token gate)
 
@@ -20,13 +20,13 @@ gate, g = 0, leaves a token to the base; an open one, g = 1, gives it all of the
 GateRA as the paper evaluates it is HiRA with the token gate, trained on L_task + lambda * L_ent: the task's loss, and
 the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
 
-Below stand gates, updates, the layer that joins them, and what is done with them in a whole model. A new gate is one
-class and one entry of GATES, a new update one class and one entry of METHODS.
+Below: the gates, the updates, the layer that joins them, adapters in a whole model, and on disk. A new gate is one class
+and one entry of GATES, a new update one class and one entry of METHODS.
 """
 import math
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -138,14 +138,14 @@ GATES = {"none": None, "token": TokenGate, "static": StaticGate}
 
 # ------------------------------------------------------------------------------------------------------- updates
 # forward: x (N, in), g (N, 1) or None without a gate -> g * Delta(x) (N, out). Of the base, an update may ask for W0
-# (out, in), b (out,) or None, and y = W0 x + b (N, out). What it may have besides:
-#   merged     the weight that does what the base and the open update do, if that is one weight for all tokens
-#   PEFT       fields of adapter_config.json by which peft knows the method, and its names of our parameters
+# (out, in), b (out,) or None, and y = W0 x + b (N, out). Only where a class has them count:
+#   merged        the weight that does what base and open update do together, as one weight for all tokens
+#   PEFT          fields of adapter_config.json by which peft knows the method, and its names of our parameters
+#   skip_closed   a gate up to this counts as closed, and Delta is not made for its token
+#   product       the dense matrix of Delta, which `cached_products` keeps in `dense`
 
 class LowRank(nn.Module):
     """What the updates here are made of: A, random, and B, zero at the start."""
-
-    PEFT = None
 
     def __init__(self, W0: torch.Tensor, config: AdapterConfig):
         super().__init__()
@@ -206,9 +206,7 @@ class DoRA(LoRA):
 
 
 class GatedHadamard(torch.autograd.Function):
-    """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out.
-
-    x (N, in), W0 (out, in), A (r, in), B (out, r), g (N, 1) or None for g = 1. Returns (N, out).
+    """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out. g None: 1.
 
     Autograd would keep the dense product W0 ⊙ B A of every layer until the backward: a second copy of the model.
     Making it again costs r / N of a product with W0, so only the inputs are kept. With dy_t = dL/dy_t, the gradient
@@ -254,8 +252,7 @@ class HiRA(LowRank):
     """Delta(x) = (W0 ⊙ B A) x (ICLR 2025): each entry of W0 scaled, which may have full rank; no factor s."""
 
     PEFT = {"peft_type": "HIRA"}, {"A": "hira_A", "B": "hira_B"}
-    skip_closed = 0.0  # AdapterConfig's
-    dense = None       # W0 ⊙ B A, while `cached_products` keeps it
+    skip_closed, dense = 0.0, None
 
     def __init__(self, W0: torch.Tensor, config: AdapterConfig):
         super().__init__(W0, config)
@@ -328,12 +325,13 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     if gated_layers(model):
         raise UserError("the model already has adapters; merge them or load the base again")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {target: [name for name in linears if ends_in(llama_name(name), llama_name(target))]
+    found = {target: {name for name in linears if ends_in(llama_name(name), llama_name(target))}
              for target in config.targets}
     if unknown := [target for target, names in found.items() if not names]:
         leaves = sorted({name.rpartition(".")[2] for name in linears})
         raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(leaves)}")
-    chosen = [name for name in linears if any(name in names for names in found.values())]
+    wanted = set().union(*found.values())
+    chosen = [name for name in linears if name in wanted]
     smallest = min(min(linears[name].weight.shape) for name in chosen)
     if config.r > smallest:
         raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
@@ -418,13 +416,6 @@ def cached_products(model: nn.Module):
     return having([layer.update for layer in layers], "dense", products)
 
 
-def set_skip_closed(model: nn.Module, threshold: float) -> None:
-    """AdapterConfig.skip_closed for adapters that are there already. UserError where there is nothing to skip."""
-    model.adapter_config = replace(model.adapter_config, skip_closed=threshold)
-    for layer in gated_layers(model).values():
-        layer.update.skip_closed = threshold
-
-
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
     """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
@@ -468,22 +459,23 @@ def save_adapter(model: nn.Module, directory) -> None:
     write_adapter(Path(directory), asdict(model.adapter_config), adapter_state(model))
 
 
-def load_adapter(model: nn.Module, directory) -> AdapterConfig:
+def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
     """Injects the adapter that `save_adapter`, `export_peft` or peft itself wrote to `directory` into a base model, or
     overwrites the values of an adapter already there. A Llama of transformers takes one of ours, and the other way round.
 
-    Strict: UserError names missing, surplus and misshapen tensors, broken files, and settings of peft that no
-    AdapterConfig expresses. A base model that refuses an adapter stays as it was."""
-    peft = {name: method.PEFT for name, method in METHODS.items() if method.PEFT}
-    file, settings, tensors = read_adapter(Path(directory), list(AdapterConfig.__annotations__), peft_layers(model), peft)
+    changes: settings that shall be others than were saved, as skip_closed=0.1. Strict: UserError names missing, surplus
+    and misshapen tensors, broken files, and settings of peft that no AdapterConfig expresses. A base model that refuses
+    an adapter stays as it was.
+    """
+    peft = {name: method.PEFT for name, method in METHODS.items() if hasattr(method, "PEFT")}
+    file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft, changes)
     fresh = not gated_layers(model)
-    try:
-        config = AdapterConfig(**settings)
-        if fresh:
+    if fresh:
+        try:
             inject_adapters(model, config)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    if model.adapter_config != config:
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    elif model.adapter_config != config:
         raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
     state = adapter_state(model)
     names = {llama_name(name): name for name in state}
@@ -505,15 +497,15 @@ def export_peft(model: nn.Module, directory) -> None:
     layers = gated_layers(model)
     if not layers:
         raise UserError("the model has no adapter to export")
-    config, peft = model.adapter_config, METHODS[model.adapter_config.method].PEFT
+    config, method = model.adapter_config, METHODS[model.adapter_config.method]
     if config.gate != "none":
         raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently")
-    if peft is None:
+    if not hasattr(method, "PEFT"):
         raise UserError(f"{config.method} cannot be exported: peft has no such method")
     adapter = {name: dict(layer.update.named_parameters()) for name, layer in layers.items()}
     weights = {name: model.get_submodule(name).weight for names in peft_layers(model).values() for name in names}
-    write_peft(Path(directory), adapter, peft_layers(model), weights, peft, config.r, config.scaling, config.dropout,
-               getattr(model, "name_or_path", None))
+    write_peft(Path(directory), adapter, peft_layers(model), weights, method.PEFT, config.r, config.scaling,
+               config.dropout, getattr(model, "name_or_path", None))
 
 
 def peft_layers(model: nn.Module) -> dict[str, list[str]]:

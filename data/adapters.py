@@ -1,5 +1,6 @@
 """An adapter's directory: adapter.safetensors with its tensors and adapter.json with its settings, or what peft wrote."""
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,25 +15,28 @@ def write_adapter(directory: Path, settings: dict, tensors: dict[str, torch.Tens
     write_atomically(directory / "adapter.json", lambda path: path.write_text(text))
 
 
-def read_adapter(directory: Path, known: list[str], layers: dict[str, list[str]], methods: dict) -> tuple:
-    """(The file that holds the tensors, the settings, the tensors by our names.)
+def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], methods: dict, changes: dict) -> tuple:
+    """(The file that holds the tensors, the config, the tensors by our names.)
 
-    known: the names that settings may have. layers and methods: as `read_peft` wants them. UserError names the file that
-    is missing, damaged, or not as it was saved."""
+    make_config: the dataclass of the settings. layers, methods: as `read_peft` wants them. changes: settings that shall be
+    others than were saved. UserError names the file that is missing, damaged, or not as it was saved."""
     file, about = directory / "adapter.safetensors", directory / "adapter.json"
     if (directory / "adapter_config.json").exists() and not file.exists():
         with reading(directory):
             settings, parts = read_peft(directory, layers, methods)
-        return directory / "adapter_model.safetensors", settings, {
+            config = make_config(**settings | changes)
+        return directory / "adapter_model.safetensors", config, {
             f"{name}.update.{leaf}": tensor for name, part in parts.items() for leaf, tensor in part.items()}
     if not about.exists():
         raise UserError(f"{about}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
                         "that peft wrote")
     settings = read_json(about)
-    if unknown := set(settings) - set(known):
+    if unknown := set(settings) - {field.name for field in fields(make_config)}:
         raise UserError(f"{about}: unknown fields {', '.join(sorted(unknown))}")
+    with reading(about):
+        config = make_config(**settings | changes)
     tensors, text = read_tensors(file, with_info=True)
-    if text and json.loads(text) != settings:
+    if text and make_config(**json.loads(text) | changes) != config:
         raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
                         "damaged, copy it again")
-    return file, settings, tensors
+    return file, config, tensors

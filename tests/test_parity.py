@@ -1,6 +1,5 @@
 """Against the reference implementations, in float64: transformers (the model), peft (the adapters and their files),
 tokenizers (the ids). What is missing on a machine is skipped with a reason; requirements-dev.txt brings all three."""
-import functools
 import json
 import time
 
@@ -20,6 +19,7 @@ from data.weights import hugging_face_name, save_pretrained
 from model import Transformer, TransformerConfig, inverse_frequencies, load_tokenizer
 
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+PEFTS = [name for name, method in METHODS.items() if hasattr(method, "PEFT")]  # the methods that peft has too
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -199,7 +199,7 @@ def compare(ours, parameters, directory, read):
         assert read(p).abs().max() > 1e-5, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS)
 def test_dropout_equals_peft_under_the_same_seed(method, llama, theirs, tmp_path):
     """Both draw one mask per adapted layer, in the order of the forward; on GPT-2 peft draws one for the fused c_attn
     where we draw three, so that only the distribution is the same."""
@@ -218,7 +218,7 @@ def test_dropout_equals_peft_under_the_same_seed(method, llama, theirs, tmp_path
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("k_proj", "o_proj", "down_proj"), ("up_proj", "head")],
                          ids="+".join)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS)
 def test_export_loads_in_peft_and_comes_back(method, family, targets, request, theirs, tmp_path):
     directory = request.getfixturevalue(family)
     if family == "gpt2" and "head" in targets:
@@ -296,12 +296,13 @@ CHOICES = {  # which layers, in peft's words
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS)
 @pytest.mark.parametrize("kind", CHOICES)
 def test_the_layers_that_peft_adapts_are_adapted(kind, method, family, request, theirs, tmp_path):
-    peft, directory = need("peft"), request.getfixturevalue(family)
-    make = peft.HiraConfig if method == "hira" else functools.partial(peft.LoraConfig, use_dora=method == "dora")
-    settings = make(r=4, fan_in_fan_out=family == "gpt2", **CHOICES[kind])
+    directory, (fields, _) = request.getfixturevalue(family), METHODS[method].PEFT
+    settings = need("peft").PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]](r=4, fan_in_fan_out=family == "gpt2", **CHOICES[kind])
+    for name, value in fields.items():
+        setattr(settings, name, value)
     reference = trained_by_peft(theirs(directory), settings, tmp_path / "peft")
     ours = Transformer.from_pretrained(directory, dtype=torch.float64)
     load_adapter(ours, tmp_path / "peft")
@@ -383,6 +384,28 @@ def test_an_alpha_that_the_file_does_not_name_is_pefts_own(llama, theirs, tmp_pa
     close(ours(IDS), peft_model(theirs(llama), tmp_path)(IDS).logits)
 
 
+@pytest.mark.parametrize("targets", [ALL, ("attn.q_proj", "blocks.1.mlp.up_proj", "head")], ids="+".join)
+def test_adapters_work_in_a_model_of_transformers(targets, llama, theirs, tmp_path):
+    """Trained in ours, loaded in theirs, and the other way round; peft's files too."""
+    ours, model = random_adapter(llama, "hira", targets), theirs(llama)
+    save_adapter(ours, tmp_path / "ours")
+    load_adapter(model, tmp_path / "ours")
+    close(model(IDS).logits, ours(IDS))
+    assert len(gated_layers(model)) == len(gated_layers(ours))
+    for p in adapter_state(model).values():
+        p.data += 0.01
+    assert all(name.startswith(("model.layers", "lm_head")) for name in adapter_state(model))
+    save_adapter(model, tmp_path / "theirs")
+    export_peft(model, tmp_path / "peft")
+    for directory in ("theirs", "peft"):
+        again = Transformer.from_pretrained(llama, dtype=torch.float64)
+        load_adapter(again, tmp_path / directory)
+        close(again(IDS), model(IDS).logits)
+        load_adapter(base := theirs(llama), tmp_path / directory)
+        close(base(IDS).logits, model(IDS).logits)
+    close(peft_model(theirs(llama), tmp_path / "peft")(IDS).logits, model(IDS).logits)
+
+
 def test_gated_and_missing_adapters_are_not_exported(llama, tmp_path):
     for gate in ("token", "static"):
         model = Transformer.from_pretrained(llama)
@@ -439,7 +462,7 @@ REFUSED = {
         lambda d: change_config(d, target_modules=["q_proj", "k_proj", "v_proj"]),
     "unexpected base_model.model.model.embed_tokens.lora_embedding_A":
         lambda d: change_tensors(d, lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(1)})),
-    r"safetensors: does not fit this base model: blocks.0.attn.q_proj.A is \(4, 40\), expected \(4, 32\)":
+    r"safetensors: does not fit this base model: blocks.0.attn.q_proj.update.A is \(4, 40\), expected \(4, 32\)":
         lambda d: change_tensors(d, lambda t: t.update({Q: torch.ones(4, 40)})),
     "adapter_model.safetensors: missing": lambda d: save_file({}, d / "adapter_model.safetensors"),
     "adapter_model.safetensors: broken or truncated": lambda d: (d / "adapter_model.safetensors").write_bytes(
@@ -474,7 +497,7 @@ def test_a_pattern_that_would_try_for_ever_is_given_up(field, llama, tmp_path, m
 
 def test_an_adapter_for_another_base_is_refused(llama, gpt2, tmp_path):
     other = write_llama(tmp_path / "other", d=48, layers=3)
-    for method in METHODS:
+    for method in PEFTS:
         model = random_adapter(other, method)
         save_adapter(model, tmp_path / "ours")
         export_peft(model, tmp_path / "peft")
@@ -490,16 +513,16 @@ def test_an_adapter_for_another_base_is_refused(llama, gpt2, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:merging into")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora", "hira"])  # whose weights are written out below
 def test_a_merged_weight_is_computed_in_float32_and_rounded_once(method, dtype, llama):
     model = Transformer.from_pretrained(llama, dtype=dtype)
     inject_adapters(model, AdapterConfig(method, "none", r=4))
     exact = {}
     for name, layer in gated_layers(model).items():
-        layer.B.data += 0.02 * torch.randn_like(layer.B)
-        W0, BA = layer.weight.double(), layer.B.double() @ layer.A.double()
-        V = W0 * (1 + BA) if method == "hira" else W0 + layer.scaling * BA
-        exact[name] = V * (layer.m.double() / V.norm(dim=1))[:, None] if method == "dora" else V
+        layer.update.B.data += 0.02 * torch.randn_like(layer.update.B)
+        W0, BA = layer.weight.double(), layer.update.B.double() @ layer.update.A.double()
+        V = W0 * (1 + BA) if method == "hira" else W0 + layer.update.scaling * BA
+        exact[name] = V * (layer.update.m.double() / V.norm(dim=1))[:, None] if method == "dora" else V
     merge_adapters(model)
     for name, W in exact.items():
         merged = model.get_submodule(name).weight
