@@ -95,8 +95,11 @@ def rank_choices(model, tokenizer, records: list[dict], form: str, max_len: int)
     predictions = []
     for record, own in zip(records, questions):
         sums = [score for _ in own for score in next(scores)]
-        # BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is quoted without
-        lengths = [1 if record["task"] == "boolq" else len(answer.strip()) for _, answer in to_text(record, form)]
+        # A choice's characters as lm-evaluation-harness counts them: without the space that joins it to the question,
+        # with all of its own. BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is
+        # quoted without.
+        lengths = [1 if record["task"] == "boolq" else len(answer.removeprefix(" "))
+                   for _, answer in to_text(record, form)]
         predictions.append({"scores": sums, "prediction": int(np.argmax(sums)),
                             "prediction_norm": int(np.argmax(np.divide(sums, lengths))),
                             "cut": any(question.cut > 0 for question in own)})

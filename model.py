@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.download import find_model
+from data.download import HUB_IDS, find_config, find_model, hub_id
 from data.files import UserError, is_number, reading
 from data.tokenizer import load_tokenizer  # noqa: F401  (other programs take it from here)
 from data.weights import load_weights, read_fields, read_weights
@@ -486,11 +486,12 @@ class Transformer(nn.Module):
     def from_pretrained(cls, name_or_path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
         """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU), in eval mode.
 
-        name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl; smollm2-135m (from the package index); a hub id of
-        GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
+        name_or_path: a name of `CONFIGS` (smollm2-135m comes from the package index, the others from the hub); a hub id
+        of GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
         Loading is strict: UserError names the missing, surplus and misshapen weights, or a file that is broken.
         """
-        path = find_model(name_or_path)
+        config_of(find_model(name_or_path))             # refused, if at all, before its weights are downloaded
+        path = find_model(name_or_path, weights=True)
         with torch.device("meta"):
             model = cls(config_of(path))  # shapes alone; each weight gets its memory when it is read
         weights = read_weights(path, model.config)
@@ -509,9 +510,10 @@ def compile_blocks(model: Transformer) -> None:
 def read_config(name_or_path: str) -> TransformerConfig:
     """The config of a model (names as in `Transformer.from_pretrained`) without its weights: of a published one from
     `CONFIGS`, of any other from its files, of which config.json is enough."""
-    if name_or_path in CONFIGS:
-        return TransformerConfig.from_name(name_or_path)
-    return config_of(find_model(name_or_path))
+    published = {HUB_IDS[name]: name for name in CONFIGS}
+    if not Path(name_or_path).expanduser().exists() and hub_id(name_or_path) in published:
+        return TransformerConfig.from_name(published[hub_id(name_or_path)])
+    return config_of(find_config(name_or_path))
 
 
 def config_of(path: Path) -> TransformerConfig:

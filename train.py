@@ -13,17 +13,14 @@ adapters best/ (lowest validation loss) and last/, which eval.py and gatera.load
 which --resume goes on. The loop is in `train`; what stands after it, a first reading can leave out: the command line,
 interruptions and faults, several processes, the memory plan.
 """
-import argparse
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import json
 import math
 import os
 import platform
 import random
-import re
 import resource
 import shlex
 import signal
@@ -44,7 +41,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from data.commonsense import FORMS, Packed, Question, pack, training_question
-from data.cli import Flags, device_problems, pick_device, run_command
+from data.cli import device_problems, flag, pick_device, read_flags, run_command
+from data.download import find_model
 from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
 from eval import UNIMPORTANT, accuracy_key, evaluate, log_likelihoods
@@ -59,7 +57,7 @@ from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer
 class Config:
     """Every setting. The comment of a field is its --help; the defaults are the paper's recipe."""
     preset: str = ""                # a named set of other defaults: quickstart
-    init: str = "gpt2-medium"       # base: gpt2[-medium|-large|-xl], smollm2-135m, a hub id, a directory, a .gguf file
+    init: str = "gpt2-medium"       # base: gpt2, smollm2-135m, llama-3-8b, ..., a hub id, a directory, a .gguf file
     out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
     resume: str = ""                # go on with the run in this directory, with its settings
     # the method
@@ -255,7 +253,9 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: "Run", signals: "Sig
     tokenizer = load_tokenizer(c.init)
     if tokenizer.eos is None:
         raise UserError(f"{c.init}: its tokenizer names no end-of-text token, which answers are trained to end with")
+    read_config(c.init)  # a model is refused, if at all, before its data and its weights are downloaded
     train_records, validation_records, test_records = load_data(c)
+    find_model(c.init, weights=True)
     if team.rank == 0:
         team.wait()  # everything is there: the others may go on
 
@@ -410,25 +410,9 @@ CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "form": FORMS,
 MAY_CHANGE = (*UNIMPORTANT, "eval_every")
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
-    # every field of Config ends in a comment, which is its help
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = Flags(description=__doc__)
-    for field in dataclasses.fields(Config):
-        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag(field.name), type=field.type, choices=CHOICES.get(field.name), help=text,
-                                metavar=field.type.__name__.upper())
-    values = vars(parser.parse_args(argv))
-    wrong = values.pop("wrong")
-    given = {name: value for name, value in values.items() if value is not None}
+    given, wrong = read_flags(Config, argv, __doc__, CHOICES)
     recorded = recorded_config(Path(given["resume"])) if "resume" in given else {}
     wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
               if name not in MAY_CHANGE and given.get(name, value) != value]

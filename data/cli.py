@@ -1,12 +1,76 @@
 """What both programs share on the command line: flags, the device and its dtype, one line for an error."""
 import argparse
+import dataclasses
 import difflib
+import inspect
 import re
 import sys
 
 import torch
 
 from data.files import UserError
+
+
+def flag(name: str) -> str:
+    """The flag of a setting: --max-len of max_len."""
+    return "--" + name.replace("_", "-")
+
+
+def read_flags(settings: type, argv: list[str], description: str, choices: dict = {}) -> tuple[dict, list[str]]:
+    """({field: value} of the flags that are given, what is wrong with them, one text each).
+
+    settings: a dataclass. Each field is a flag; its type is that of the value, where a list takes several words, and the
+    comment that ends its line is its --help. choices: {field: the values that it may have}."""
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for field in fields.values():
+        text = comments[field.name].replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            word = "|".join(choices.get(field.name, [])) or field.type.__name__.upper()
+            parser.add_argument(flag(field.name), nargs="+" if field.type is list else None, metavar=word,
+                                help=f"{text} [{field.default}]" if field.default not in ("", [], None) else text)
+    try:
+        known, unknown = parser.parse_known_args(join_negative_numbers(argv))
+    except argparse.ArgumentError as error:  # a flag without its value
+        raise UserError(f"{str(error).removeprefix('argument ')}; see --help") from None
+
+    # the value of an unknown flag is no error of its own
+    wrong = []
+    for word in [word for word in unknown if word.startswith("--")] or unknown:
+        close = difflib.get_close_matches(word.split("=")[0], map(flag, fields), n=1, cutoff=0.8)
+        wrong.append(f"unknown argument {word}" + (f" (did you mean {close[0]}?)" if close else "; see --help"))
+    given = {}
+    for name, words in vars(known).items():
+        if words is None:
+            continue
+        kind, text = fields[name].type, " ".join(words) if isinstance(words, list) else words
+        expected = {int: "a whole number", float: "a number"}.get(kind, "a value")
+        try:
+            value = kind(words)
+            if words == "" or kind is list and "" in words:  # as in --data "$UNSET"
+                raise ValueError
+            if name in choices and value not in choices[name]:
+                expected = f"one of {', '.join(choices[name])}"
+                raise ValueError
+            given[name] = value
+        except ValueError:
+            wrong.append(f"{flag(name)} {text}: expected {expected}")
+    return given, wrong
+
+
+def join_negative_numbers(argv: list[str]) -> list[str]:
+    """["--lr", "-1e-3"] -> ["--lr=-1e-3"]: argparse takes some negative numbers for flags."""
+    joined = []
+    for word in argv:
+        if re.fullmatch(r"-(\.?\d.*|inf|nan)", word) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 class Flags(argparse.ArgumentParser):

@@ -60,9 +60,22 @@ def label_form(record: dict) -> list[tuple[str, str]]:
 
 
 def without_tags(text: str) -> str:
-    """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops as lm-evaluation-harness does; but for
-    the space that a mark at the start of an ending leaves behind, which would double the one after the prompt."""
-    return re.sub(r"\[[^\]\n]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ").strip()
+    """HellaSwag's WikiHow texts carry [header] marks, which the cloze form drops as lm-evaluation-harness does: with
+    the space that a mark at the start of an ending leaves behind."""
+    return re.sub(r"\[[^\]\n]*\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def with_capital(question: str) -> str:
+    """HellaSwag's ActivityNet texts end with the start of a sentence, "... sits on a roof. he", to which
+    lm-evaluation-harness gives a capital. It begins behind the last word with . ! or ? in it. (WikiHow texts end with a
+    full stop.)"""
+    words = question.split(" ")
+    if not question.endswith("."):
+        for i in range(len(words) - 1, 0, -1):
+            if re.search("[.!?]", words[i - 1]):
+                words[i] = words[i].capitalize()
+                break
+    return " ".join(words)
 
 
 def cloze_form(record: dict) -> list[tuple[str, str]]:
@@ -78,7 +91,8 @@ def cloze_form(record: dict) -> list[tuple[str, str]]:
         prompt = f"{passage}Question: {question}?\nAnswer:"
         return [(prompt, " yes" if choice == "true" else " no") for choice in choices]
     if task == "hellaswag":
-        return [(without_tags(question), " " + without_tags(choice)) for choice in choices]
+        prompt = without_tags(with_capital(question))
+        return [(prompt, " " + without_tags(choice)) for choice in choices]
     if task == "social_i_qa":
         prompt = f"Q: {question}\nA:"
     elif task == "openbookqa":

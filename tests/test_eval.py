@@ -13,7 +13,7 @@ import torch
 
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
-from data.commonsense import label_names, scoring_questions, to_text
+from data.commonsense import label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
 from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, load_adapter, save_adapter
@@ -73,12 +73,18 @@ def plain_scores(logits_of, tokenizer, record, form):
     return scores
 
 
+def characters(record, form):
+    """Of each choice, for acc_norm; 1 where choices are labels, or what is scored is the same text for all."""
+    if form == "label" or record["task"] in ("boolq", "winogrande"):
+        return [1] * len(record["choices"])
+    return [len(without_tags(choice) if record["task"] == "hellaswag" else choice) for choice in record["choices"]]
+
+
 def check_against_plain_loop(predictions, records, logits_of, tokenizer, form, tolerance):
     for record, prediction in zip(records, predictions):
         expected = plain_scores(logits_of, tokenizer, record, form)
         assert prediction["scores"] == pytest.approx(expected, abs=tolerance)
-        lengths = [1 if record["task"] == "boolq" else len(answer.strip()) for _, answer in to_text(record, form)]
-        per_character = [score / n for score, n in zip(expected, lengths)]
+        per_character = [score / n for score, n in zip(expected, characters(record, form))]
         for name, values in (("prediction", expected), ("prediction_norm", per_character)):
             assert values[prediction[name]] >= max(values) - 2 * tolerance  # the best, up to ties
 
@@ -145,12 +151,15 @@ def test_smollm2_answers_better_than_chance(smollm):
     assert evaluation.evaluate(model, tokenizer, records, "cloze", quiet=True)["acc_norm"] >= 50
 
 
-def test_acc_norm_divides_by_characters(llama, monkeypatch):
-    """As lm-evaluation-harness does: by the length of the choice as text, not by its tokens or bytes."""
-    record = {"task": "piqa", "question": "q", "choices": ["éééé", "abcdef"], "label": 0}
-    monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, questions: [[-4.0, -5.0]])
+@pytest.mark.parametrize("task, choices", [
+    ("piqa", ["éééé", "abcdef"]),              # not by tokens or bytes: -4/8 would win
+    ("piqa", ["abcd", "abcd  "]),              # PIQA's choices carry spaces, and those count: -4.5/4 would lose
+    ("hellaswag", ["abcd", "[step] abcd"])])   # and so does the one that a mark leaves behind
+def test_acc_norm_divides_by_the_characters_that_the_harness_counts(task, choices, llama, monkeypatch):
+    record = {"task": task, "question": "q", "choices": choices, "label": 0}
+    monkeypatch.setattr(evaluation, "log_likelihoods", lambda model, questions: [[-4.0, -4.5]])
     prediction, = evaluation.rank_choices(None, load_tokenizer(llama), [record], "cloze", 512)
-    assert (prediction["prediction"], prediction["prediction_norm"]) == (0, 1)  # -4/4 < -5/6; by bytes -4/8 would win
+    assert (prediction["prediction"], prediction["prediction_norm"]) == (0, 1)
 
 
 def test_a_long_prompt_is_cut_and_counted(llama):

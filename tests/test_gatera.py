@@ -357,6 +357,13 @@ def test_saving_and_loading_gives_bit_equal_logits_and_stores_the_adapter_alone(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
+def test_a_compiled_models_adapter_has_the_same_names(tmp_path):
+    model = adapted("lora", "token", dtype=torch.float32)
+    save_adapter(torch.compile(model), tmp_path)
+    load_adapter(again := tiny(dtype=torch.float32), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+
+
 def edit(path, change):
     tensors = load_file(path)
     change(tensors)
@@ -684,3 +691,19 @@ def test_half_precision_rounds_updates_and_gradients_but_loses_none(method, gate
     for name, a, b in zip(["y", "x", *trained], *results):
         assert a.dtype == (dtype if name in ("y", "x") else torch.float32) and b.norm() > 0
         assert (a.double() - b).norm() < 0.1 * b.norm(), name
+
+
+@every
+def test_autocast_computes_what_a_bfloat16_input_does(method, gate):
+    torch.manual_seed(3)
+    layer = GatedLinear(nn.Linear(64, 32).requires_grad_(False).bfloat16(), AdapterConfig(method, gate, r=4))
+    for p in adapter_state(layer).values():
+        p.data += 0.1 * torch.randn_like(p)
+    x = torch.randn(5, 64)
+    plain_output = layer(x.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+    assert torch.equal(output, plain_output)
+    parameters = list(adapter_state(layer).values())
+    gradients = [torch.autograd.grad(y.float().square().sum(), parameters) for y in (output, plain_output)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -374,14 +374,14 @@ def test_a_shared_rank_that_three_divides_is_not_taken_for_blocks(steps, gpt2, t
     close(ours(IDS), reference(IDS).logits)
 
 
-def test_an_alpha_that_the_file_does_not_name_is_pefts_own(llama, theirs, tmp_path):
-    export_peft(random_adapter(llama, "lora"), tmp_path)
+def test_an_alpha_that_the_file_does_not_name_is_pefts_own(gpt2, theirs, tmp_path):
+    export_peft(random_adapter(gpt2, "lora"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     del config["lora_alpha"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    ours = Transformer.from_pretrained(llama, dtype=torch.float64)
+    ours = Transformer.from_pretrained(gpt2, dtype=torch.float64)
     load_adapter(ours, tmp_path)
-    close(ours(IDS), peft_model(theirs(llama), tmp_path)(IDS).logits)
+    close(ours(IDS), peft_model(theirs(gpt2), tmp_path)(IDS).logits)
 
 
 @pytest.mark.parametrize("targets", [ALL, ("attn.q_proj", "blocks.1.mlp.up_proj", "head")], ids="+".join)

@@ -1,18 +1,15 @@
-"""data/download.py and data/prepare.py: offline, with a stand-in for pip and for the hub.
+"""data/prepare.py and the package index of data/download.py: offline, with a stand-in for pip and for the hub.
 
     python -m pytest tests/test_prepare.py
 """
 
 import gzip
 import hashlib
-import http.server
 import io
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
 import types
 import zipfile
 from pathlib import Path
@@ -310,125 +307,6 @@ def test_hub_errors_are_one_line(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "hub_reachable", lambda: False)
     with pytest.raises(UserError, match="cannot be reached"):
         prepare.prepare(["piqa"], ["test"], "hub", tmp_path)
-
-
-class Answering(http.server.BaseHTTPRequestHandler):
-    status = 200
-
-    def do_HEAD(self):
-        self.server.asked += 1
-        self.send_response(self.status)
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    server = http.server.HTTPServer(("127.0.0.1", 0), Answering)
-    server.asked = 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # in case it was imported offline
-    download.hub_reachable.cache_clear()
-    yield server
-    download.hub_reachable.cache_clear()
-    server.shutdown()
-
-
-def test_hub_is_probed_once(endpoint):
-    pytest.importorskip("huggingface_hub")
-    assert download.hub_reachable() and download.hub_reachable()
-    assert endpoint.asked == 1
-
-
-def test_hub_offline_asks_nothing(endpoint, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not download.hub_reachable() and endpoint.asked == 0
-
-
-@pytest.mark.parametrize("address", ["http://no-such-host.invalid", "http://127.0.0.1:9", "nonsense"])
-def test_unreachable_hub_is_noticed_fast(endpoint, monkeypatch, address):
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    start = time.monotonic()
-    assert not download.hub_reachable()
-    assert time.monotonic() - start < 5
-
-
-@pytest.fixture
-def model_hub(monkeypatch, tmp_path):
-    """A hub whose local cache is tmp_path; `offers(...)` says what a download would bring or raise."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    state = types.SimpleNamespace(offer=None, asked=[])
-
-    def snapshot_download(repo_id, local_files_only=False, **options):
-        state.asked.append((local_files_only, options))
-        if not local_files_only:
-            if isinstance(state.offer, Exception):
-                raise state.offer
-            for name in state.offer:
-                (tmp_path / name).write_text("{}")
-        if not any(tmp_path.iterdir()):
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(download, "hub_reachable", lambda: state.offer is not None)
-    return state
-
-
-FILES = ["config.json", "model.safetensors", "tokenizer.json"]
-
-
-def test_cached_model_needs_no_hub(model_hub, tmp_path):
-    for name in FILES:
-        (tmp_path / name).touch()
-    assert download.fetch_model("some/model") == tmp_path
-    assert [local for local, _ in model_hub.asked] == [True]
-
-
-@pytest.mark.parametrize("cached", [[], ["config.json"], ["config.json", "model.safetensors"], ["shards"]])
-def test_part_of_a_model_is_not_a_model(model_hub, tmp_path, cached):
-    for name in cached:
-        (tmp_path / name).touch()
-    if cached == ["shards"]:  # of two shards, one is there
-        for name in ["config.json", "tokenizer.json", "model-1.safetensors"]:
-            (tmp_path / name).touch()
-        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"some/model: not in the local cache.*\.gguf.*smollm2-135m"):
-        download.fetch_model("some/model")
-    model_hub.offer = FILES if cached != ["shards"] else ["model-2.safetensors"]
-    assert download.fetch_model("some/model") == tmp_path
-    patterns = model_hub.asked[-1][1]["allow_patterns"]
-    assert not any(word in pattern for pattern in patterns for word in (".bin", ".pt", "*.json", "pickle"))
-
-
-def test_refusals_of_the_hub_are_explained(model_hub, monkeypatch):
-    from huggingface_hub import errors
-
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    answer = types.SimpleNamespace(headers={}, request=None, status_code=403)
-    for error, word in [(errors.GatedRepoError("gated", response=answer), "accept its licence at http.*HF_TOKEN"),
-                        (errors.RepositoryNotFoundError("none", response=answer), "no such model"),
-                        (ConnectionError("line one\nhf_other line two"), "run again")]:
-        model_hub.offer = error
-        with pytest.raises(UserError, match=word) as caught:
-            download.fetch_model("some/model")
-        assert "\n" not in str(caught.value) and "hf_" not in str(caught.value)
-    model_hub.offer = ["config.json", "pytorch_model.bin"]
-    with pytest.raises(UserError, match="safetensors"):
-        download.fetch_model("some/model")
-
-
-def test_a_path_is_not_a_hub_model(monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    with pytest.raises(UserError, match="not a model; expected a hub id"):
-        download.fetch_model("a/b/c d")
 
 
 # -------------------------------------------------------------------------------------- the package index

@@ -58,7 +58,9 @@ def signal_at(monkeypatch, number, step):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_is_the_run_that_was_never_stopped(method, gate, llama, tmp_path, monkeypatch, capsys):
     method = ("--peft", method, "--gate", gate)
+    handlers = list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
     train.main(flags(llama, tmp_path / "whole", *method))
+    assert list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))) == handlers
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         signal_at(patch, signal.SIGTERM, 4)  # a step whose progress line is written, and that is no save's
         train.main(flags(llama, tmp_path / "cut", *method))
