@@ -27,6 +27,7 @@ import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.adapters import read_adapter, write_adapter
-from data.files import UserError, is_number, misfits
+from data.adapters import fill, read_adapter, write_adapter
+from data.files import UserError, is_number
 from data.peft_format import ends_in, transformers_names, write_peft
 from data.weights import llama_name
 from model import Recomputing
@@ -382,8 +383,8 @@ def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def having(modules: list[nn.Module], name: str, values: list):
-    """Each module has another value in the attribute `name`, for as long as the `with` lasts."""
+def having(modules, name: str, values):
+    """Each module has another value in its attribute `name`, for as long as the `with` lasts."""
     before = [getattr(module, name) for module in modules]
     try:
         for module, value in zip(modules, values):
@@ -396,15 +397,13 @@ def having(modules: list[nn.Module], name: str, values: list):
 
 def adapters_off(model: nn.Module):
     """`with adapters_off(model):` it is the base model."""
-    layers = list(gated_layers(model).values())
-    return having(layers, "enabled", [False] * len(layers))
+    return having(gated_layers(model).values(), "enabled", repeat(False))
 
 
 def gate_context(model: nn.Module, **context):
     """`with gate_context(model, entropy=entropy):` gates can read, beside x, the entropy of each token, or whatever they
     ask for. With checkpointing, the backward belongs into the `with` too: it runs the gates once more."""
-    layers = list(gated_layers(model).values())
-    return having(layers, "context", [context] * len(layers))
+    return having(gated_layers(model).values(), "context", repeat(context))
 
 
 @torch.no_grad()
@@ -470,23 +469,16 @@ def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
     peft = {name: method.PEFT for name, method in METHODS.items() if hasattr(method, "PEFT")}
     file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft, changes)
     fresh = not gated_layers(model)
-    if fresh:
-        try:
-            inject_adapters(model, config)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    elif model.adapter_config != config:
+    if not fresh and model.adapter_config != config:
         raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
-    state = adapter_state(model)
-    names = {llama_name(name): name for name in state}
-    tensors = {names.get(llama_name(name), name): tensor for name, tensor in tensors.items()}
-    if wrong := misfits(tensors, state):
+    try:
+        if fresh:
+            inject_adapters(model, config)
+        fill(adapter_state(model), tensors)
+    except UserError as error:
         if fresh:
             remove_adapters(model)
-        raise UserError(f"{file}: does not fit this base model: {wrong}")
-    with torch.no_grad():
-        for name, parameter in state.items():
-            parameter.copy_(tensors[name])
+        raise UserError(f"{file}: {error}") from None
     return config
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, read_json, read_tensors, reading, write_atomically, write_tensors
+from data.files import UserError, misfits, read_json, read_tensors, reading, write_atomically, write_tensors
 from data.peft_format import read_peft
+from data.weights import llama_name
 
 
 def write_adapter(directory: Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -40,3 +41,15 @@ def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], met
         raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
                         "damaged, copy it again")
     return file, config, tensors
+
+
+@torch.no_grad()
+def fill(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    """Copies tensors from a file into those of `state`, which has the names of the model at hand: ours, or those of a
+    Llama of transformers, with either in the file. UserError, and nothing copied, if they are not the same tensors."""
+    names = {llama_name(name): name for name in state}
+    tensors = {names.get(llama_name(name), name): tensor for name, tensor in tensors.items()}
+    if wrong := misfits(tensors, state):
+        raise UserError(f"does not fit this base model: {wrong}")
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])

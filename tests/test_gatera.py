@@ -329,6 +329,8 @@ def test_A_starts_as_pefts_does():
     (dict(r=9), "r 9 is larger than the smallest adapted matrix side, 8"),
     (dict(r=0), "r 0; expected a positive whole number"),
     (dict(method="ia3", gate="soft"), "method 'ia3'; expected one of lora, dora, hira; gate 'soft'; expected one of"),
+    (dict(gate="static", skip_closed=0.1), "skip_closed 0.1: hira with gate static has nothing to skip"),
+    (dict(method="lora", skip_closed=0.1), "skip_closed 0.1: lora with gate token has nothing to skip"),
     (dict(dropout=1.0), "dropout 1.0"), (dict(alpha=-1.0), "alpha -1.0"), (dict(targets=()), "at least one layer name")])
 def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(UserError) as caught:
@@ -380,6 +382,8 @@ BROKEN = {
     "adapter.safetensors: not found": lambda d: (d / "adapter.safetensors").unlink(),
     "adapter.json: not found": lambda d: (d / "adapter.json").unlink(),
     "adapter.json: not valid JSON": lambda d: (d / "adapter.json").write_text("[1"),
+    "adapter.json is not what was saved with adapter.safetensors": lambda d: (d / "adapter.json").write_text(
+        (d / "adapter.json").read_text().replace('"gate_bias": 0.0', '"gate_bias": 1.0')),
     "adapter.json: unknown fields colour": lambda d: (d / "adapter.json").write_text(json.dumps({"colour": 1})),
 }
 
@@ -557,6 +561,12 @@ def test_cached_products_give_the_same_logits(gate, skip_closed, monkeypatch):
         monkeypatch.setattr(GatedHadamard, "apply", None)  # the products are not made again
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
     assert all(layer.update.dense is None for layer in gated_layers(model).values())
+
+
+def test_cached_products_are_kept_in_the_dtype_of_the_weights():
+    model = adapted("hira", "token", dtype=torch.bfloat16)
+    with cached_products(model):
+        assert all(layer.update.dense.dtype == torch.bfloat16 for layer in gated_layers(model).values())
 
 
 def test_cached_products_take_no_gradient_away():

@@ -374,6 +374,14 @@ def test_a_shared_rank_that_three_divides_is_not_taken_for_blocks(steps, gpt2, t
     close(ours(IDS), reference(IDS).logits)
 
 
+def test_all_linear_is_all_but_the_head(llama, theirs, tmp_path):
+    export_peft(random_adapter(llama, "lora", (*ALL, "gate_proj")), tmp_path)
+    change_config(tmp_path, target_modules="all-linear")  # peft writes the names that it found
+    ours = Transformer.from_pretrained(llama, dtype=torch.float64)
+    load_adapter(ours, tmp_path)
+    close(ours(IDS), peft_model(theirs(llama), tmp_path)(IDS).logits)
+
+
 def test_an_alpha_that_the_file_does_not_name_is_pefts_own(gpt2, theirs, tmp_path):
     export_peft(random_adapter(gpt2, "lora"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -447,7 +455,7 @@ REFUSED = {
     "use_qalora True": lambda d: change_config(d, use_qalora=True),
     "lora_bias True": lambda d: change_config(d, lora_bias=True),
     "trainable_token_indices": lambda d: change_config(d, trainable_token_indices=[3]),
-    "invented_in_2030 1": lambda d: change_config(d, invented_in_2030=1),
+    "invented_in_2030 1; and_0_is_a_value 0": lambda d: change_config(d, invented_in_2030=1, and_0_is_a_value=0),
     r"init_lora_weights 'pissa', which changes the base": lambda d: change_config(d, init_lora_weights="pissa"),
     "peft_type IA3, only LORA and HIRA": lambda d: change_config(d, peft_type="IA3"),
     r"target_modules \['c_attn'\] are no layers of this base model; it has down_proj":
