@@ -46,7 +46,7 @@ from data.results import accuracy_key, compare, continued, correct, results_name
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
-                    merge_adapters, set_skip_closed)
+                    merge_adapters)
 from model import Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
@@ -512,9 +512,7 @@ def main(argv: list[str] | None = None) -> dict:
     # The start of each weight tells one base from another, at no cost.
     base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
     if adapter is not None:
-        load_adapter(model, adapter)
-        if c.skip_closed is not None:
-            set_skip_closed(model, c.skip_closed)
+        load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))
 
     # What is to be done with it
     if c.export:

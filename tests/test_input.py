@@ -272,8 +272,8 @@ CASES = [
     ("eval", "--run run --init gpt2like", "run/best/adapter.safetensors: does not fit this base model"),
     ("eval", "--run run", "run/best/adapter.safetensors: its contents do not match their checksum", lambda: Path(
         "run/best/adapter.safetensors").write_bytes(Path("run/best/adapter.safetensors").read_bytes()[:-1] + b"?")),
-    ("eval", "--run run", "blocks.0.attn.q_proj.A holds nan or inf",
-     tensors("run/best/adapter.safetensors", **{"blocks.0.attn.q_proj.A": torch.full((2, 32), float("nan"))})),
+    ("eval", "--run run", "blocks.0.attn.q_proj.update.A holds nan or inf",
+     tensors("run/best/adapter.safetensors", **{"blocks.0.attn.q_proj.update.A": torch.full((2, 32), float("nan"))})),
     ("eval", "--run run", "unexpected ../../evil.A", tensors("run/best/adapter.safetensors",
      **{"../../evil.A": torch.ones(1)})),
     ("eval", "--run run", "run/best/adapter.json: adapter: r '2'; expected", change("run/best/adapter.json", r="2")),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from conftest import write_llama
 from data.files import UserError
-from gatera import load_adapter
+from gatera import GATES, METHODS, load_adapter
 from model import Transformer
 from test_train import SAMPLE, adapter, metrics
 
@@ -54,10 +54,10 @@ def signal_at(monkeypatch, number, step):
         os.kill(os.getpid(), number) if at == step else None, rate(at, *rest))[1])
 
 
-@pytest.mark.parametrize("method", [("lora", "none"), ("lora", "token"), ("dora", "none"), ("dora", "static"),
-                                    ("hira", "none"), ("gatera", "token")])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(method, llama, tmp_path, monkeypatch, capsys):
-    method = ("--peft", method[0], "--gate", method[1])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(method, gate, llama, tmp_path, monkeypatch, capsys):
+    method = ("--peft", method, "--gate", gate)
     handlers = list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
     train.main(flags(llama, tmp_path / "whole", *method))
     assert list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))) == handlers

@@ -18,7 +18,7 @@ import train
 from conftest import write_gpt2, write_llama
 from data.commonsense import training_question
 from data.files import UserError
-from gatera import AdapterConfig, gated_layers, inject_adapters, load_adapter
+from gatera import GATES, METHODS, AdapterConfig, gated_layers, inject_adapters, load_adapter
 from model import Transformer, load_tokenizer
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
@@ -38,8 +38,7 @@ def adapter(directory, which="last"):
     return load_file(directory / which / "adapter.safetensors")
 
 
-@pytest.mark.parametrize("peft, gate", [("lora", "none"), ("lora", "token"), ("dora", "static"), ("dora", "token"),
-                                        ("hira", "none"), ("hira", "static"), ("gatera", "")])
+@pytest.mark.parametrize("peft, gate", [*((method, gate) for method in METHODS for gate in GATES), ("gatera", "")])
 def test_a_run_learns_and_leaves_what_it_promises(peft, gate, llama, tmp_path, capsys):
     results = run(tmp_path / "run", llama, "--peft", peft, *(["--gate", gate] if gate else []), "--test", "3",
                   "--tasks", "piqa,boolq", "--validation", "2", "--epochs", "8", "--entropy-weight", "0")
