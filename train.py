@@ -43,7 +43,7 @@ from torch.distributed.fsdp import fully_shard
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.download import find_model
-from data.files import UserError, claim, read_json, read_tensors, unwritable, write_json, write_tensors
+from data.files import UserError, claim, move_aside, read_json, read_tensors, unwritable, write_json, write_tensors
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
 from data.results import UNIMPORTANT, accuracy_key
 from eval import evaluate, log_likelihoods
@@ -538,9 +538,7 @@ class Run:
         """Moves an earlier run aside, to out-1, out-2, ...: a new run overwrites nothing."""
         if not resuming and (self.out / "metrics.jsonl").exists():
             self.lock()
-            aside = next(path for i in itertools.count(1)
-                         if not (path := self.out.with_name(f"{self.out.name}-{i}")).exists())
-            self.out.rename(aside)
+            aside = move_aside(self.out)
             self.metrics.close()
             print(f"the earlier run in {self.out} is now in {aside}")
         self.out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@ a checksum. What goes wrong with a file is one clear line, a UserError, and no t
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -115,6 +116,15 @@ def claim(handle, directory: Path) -> None:
         raise UserError(f"{directory}: another run is writing there; wait for it, or choose another --out") from None
     except OSError:  # a file system without locks
         pass
+
+
+def move_aside(directory: Path) -> Path:
+    """Renames a directory to the first of NAME-1, NAME-2, ... that is free, and returns its new path: whatever writes to
+    NAME from now on overwrites nothing. The caller has claimed it; the claim goes with the directory."""
+    for number in itertools.count(1):
+        aside = directory.with_name(f"{directory.name}-{number}")
+        if not aside.exists():
+            return directory.rename(aside)
 
 
 def json_lines(values: list[dict]) -> str:
