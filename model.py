@@ -29,15 +29,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.configs import CONFIGS, check_config
-from data.download import HUB_IDS, find_config, find_model, hub_id
+from data.configs import check_config
+from data.download import find_config, find_model, hub_id
 from data.files import UserError, reading
+from data.published import CONFIGS, HUB_IDS
 from data.tokenizer import load_tokenizer  # noqa: F401  (other programs take it from here)
 from data.weights import load_weights, read_fields, read_weights
 
 
 # ---------------------------------------------------------------------------------------------- config
-
 
 @dataclass
 class TransformerConfig:
@@ -67,7 +67,7 @@ class TransformerConfig:
 
     @classmethod
     def from_name(cls, name: str) -> "TransformerConfig":
-        """The config of a published model (`CONFIGS`). Raises UserError for a name that is not there."""
+        """The config of a published model (data/published.py). Raises UserError for a name that is not there."""
         if name not in CONFIGS:
             raise UserError(f"no config named '{name}'; known: {', '.join(CONFIGS)}")
         return cls(**CONFIGS[name])
@@ -427,8 +427,8 @@ class Transformer(nn.Module):
     def from_pretrained(cls, name_or_path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
         """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU), in eval mode.
 
-        name_or_path: a name of `CONFIGS` (smollm2-135m comes from the package index, the others from the hub); a hub id
-        of GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
+        name_or_path: a name in data/published.py (smollm2-135m comes from the package index, the others from the hub); a
+        hub id of GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
         Loading is strict: UserError names the missing, surplus and misshapen weights, or a file that is broken.
         """
         config_of(find_model(name_or_path))             # refused, if at all, before its weights are downloaded
@@ -450,7 +450,7 @@ def compile_blocks(model: Transformer) -> None:
 
 def read_config(name_or_path: str) -> TransformerConfig:
     """The config of a model (names as in `Transformer.from_pretrained`) without its weights: of a published one from
-    `CONFIGS`, of any other from its files, of which config.json is enough."""
+    the table, of any other from its files, of which config.json is enough."""
     published = {HUB_IDS[name]: name for name in CONFIGS}
     if not Path(name_or_path).expanduser().exists() and hub_id(name_or_path) in published:
         return TransformerConfig.from_name(published[hub_id(name_or_path)])

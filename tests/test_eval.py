@@ -128,8 +128,8 @@ def real_records(task, count):
         if (source / task / "test.jsonl").is_file():
             return load_records(task, "test", out=source)[:count]
     if (SHARED / task / "test.json.gz").is_file():
-        from data.prepare import _from_llm_adapters
-        return _from_llm_adapters(SHARED, task, "test")[:count]
+        from data.sources import from_llm_adapters
+        return from_llm_adapters(SHARED, task, "test")[:count]
     pytest.skip("the real tasks are not prepared: python data/prepare.py")
 
 

@@ -349,7 +349,7 @@ def test_the_batch_is_named_by_task_and_line(llama):
     c = train.parse(["--init", str(llama), "--data", SAMPLE, "--tasks", "piqa,boolq", "--validation", "2"])
     records, _, _ = train.load_data(c)
     numbers = [0, len(records) - 1]
-    found = dict(part.split(" ") for part in train.where(numbers, records, c).split("; "))
+    found = dict(part.split(" ") for part in train.name_records(numbers, records, c).split("; "))
     assert set(found) == {"piqa", "boolq"}
     for number in numbers:
         task = records[number]["task"]
