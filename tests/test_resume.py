@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import train
 from conftest import write_llama
-from data.files import UserError
+from data.files import UserError, json_lines
+from data.prepare import hold_out, load_records
 from gatera import load_adapter
 from model import Transformer
 from test_train import SAMPLE, adapter, metrics
@@ -269,11 +270,13 @@ def test_more_steps_are_allowed_and_told(stopped, capsys):
     assert lines[3]["lr"] == pytest.approx(0.01 * 14 / 18) and json.loads((stopped / "config.json").read_text())["steps"] == 20
 
 
-def test_other_records_are_refused(stopped, tmp_path):
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "validation"])
+def test_other_records_are_refused(part, stopped, tmp_path):
     for task in ("piqa", "ARC-Easy"):
         (tmp_path / "data" / task).mkdir(parents=True)
-        text = Path(SAMPLE, task, "train.jsonl").read_text()
-        (tmp_path / "data" / task / "train.jsonl").write_text(text.replace("the", "that", 1))
+        records = load_records(task, "train", SAMPLE)
+        hold_out(records)[part][0]["question"] += " Why?"
+        (tmp_path / "data" / task / "train.jsonl").write_text(json_lines(records))
     with pytest.raises(UserError, match="records have changed since the run began"):
         train.main(["--resume", str(stopped), "--data", str(tmp_path / "data")])
 
