@@ -373,7 +373,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is split into rows. L_task is over
-        # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
+        # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to skip.
         loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far, which are logged apart
         for row, weight in batch.rows:
             row = row.to(team.device)
