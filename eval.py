@@ -21,18 +21,14 @@ Protocols:
 Writes results.json and predictions.jsonl (a line for each question), by default to <run>/eval/<adapter>-<protocol>/. An
 evaluation that was interrupted goes on where it was when started again.
 """
-import argparse
-import base64
-import contextlib
 import hashlib
-import itertools
-import json
 import math
 import os
 import platform
 import re
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +36,37 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.cli import Flags, device_problems, pick_device, run_command
-from data.files import UserError, checksum, claim, json_lines, read_json, unwritable, write_atomically, write_json
+from data.files import UserError, checksum, json_lines, unwritable, write_json
+from data.pictures import (by_phase, colour_legend, draw_gates, draw_training, layer_and_projection, paint,
+                           read_metrics, write_gate_page)
 from data.prepare import DEFAULT, TASKS, load_records, task_names
+from data.results import accuracy_key, compare, continued, correct, find_run, results_name, runs_of
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
-                    merge_adapters, set_skip_closed)
-from model import KVCache, Transformer, load_tokenizer
+                    merge_adapters)
+from model import Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
-
-# What an accuracy is comes first: scoring, protocols, results. A first reading can leave out the rest: a section each
-# for --compare, --gates and --prompt, then the command line.
+NEW_TOKENS = 32  # of a generated answer
 
 
 # ----------------------------------------------------------------------------------------------- scoring
+
+def in_rows(sizes: list[int], row_tokens: int) -> list[list[int]]:
+    """Indices into `sizes`, in rows of about `row_tokens` tokens together. The longest come first: what is computed
+    together is padded to the longest, so those of like length belong together."""
+    rows, room = [], 0  # how many tokens still fit into the last row
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        if sizes[i] > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(i)
+        room -= sizes[i]
+    return rows
+
 
 @torch.no_grad()
 def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024) -> list[list[float]]:
@@ -66,23 +76,15 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
     scores do not depend on how.
     """
     sizes = [len(question.prompt) + sum(map(len, question.answers)) for question in questions]
-    rows, room = [], 0  # question numbers of each row; tokens left in the last one
-    # the longest first: attention pads a row's answers to the longest, so those of like length belong together
-    for i in sorted(range(len(questions)), key=sizes.__getitem__, reverse=True):
-        if sizes[i] > room:
-            rows.append([])
-            room = row_tokens
-        rows[-1].append(i)
-        room -= sizes[i]
     scores = [None] * len(questions)
-    for row in rows:
+    for row in in_rows(sizes, row_tokens):
         batch = pack([questions[i] for i in row]).to(model.embed.weight.device)
         logits = model(batch.ids, documents=batch.documents, select=batch.select)        # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))             # sums want more than bf16
         log_p = -F.cross_entropy(logits, batch.targets, reduction="none")                # (M,)
         sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p)    # (D,), D answers
-        for i, own in zip(row, sums.cpu().split([len(questions[i].answers) for i in row])):
-            scores[i] = own.tolist()
+        for i, answers in zip(row, sums.cpu().split([len(questions[i].answers) for i in row])):
+            scores[i] = answers.tolist()
     return scores
 
 
@@ -91,18 +93,18 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
 def rank_choices(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
     """cloze and label: every choice's log-likelihood, and the index of the best by sum and by sum per character."""
     questions = [scoring_questions(record, form, tokenizer, max_len) for record in records]
-    scores = iter(log_likelihoods(model, [question for own in questions for question in own]))
+    scores = iter(log_likelihoods(model, [question for of_record in questions for question in of_record]))
     predictions = []
-    for record, own in zip(records, questions):
-        sums = [score for _ in own for score in next(scores)]
+    for record, of_record in zip(records, questions):
+        sums = [score for _ in of_record for score in next(scores)]
         # A choice's characters as lm-evaluation-harness counts them: without the space that joins it to the question,
-        # with all of its own. BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is
+        # with all others. BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is
         # quoted without.
         lengths = [1 if record["task"] == "boolq" else len(answer.removeprefix(" "))
                    for _, answer in to_text(record, form)]
         predictions.append({"scores": sums, "prediction": int(np.argmax(sums)),
                             "prediction_norm": int(np.argmax(np.divide(sums, lengths))),
-                            "cut": any(question.cut > 0 for question in own)})
+                            "cut": any(question.cut > 0 for question in of_record)})
     return predictions
 
 
@@ -110,7 +112,6 @@ def rank_choices(model, tokenizer, records: list[dict], form: str, max_len: int)
 ANSWERS = {"boolq": "true|false", "piqa": "solution1|solution2", "winogrande": "option1|option2",
            "hellaswag": "ending1|ending2|ending3|ending4"}
 DEFAULT_ANSWERS = "answer1|answer2|answer3|answer4|answer5"
-NEW_TOKENS = 32
 
 
 def parse_answer(task: str, text: str) -> int | None:
@@ -130,15 +131,12 @@ def generate_answers(model, tokenizer, records: list[dict], max_len: int, beams:
     """generate: an answer to each record's instruction, and the index of the label in it, or None."""
     room = prompt_room(model, max_len)
     questions = [scoring_questions(record, "label", tokenizer, room)[0] for record in records]
-    order = sorted(range(len(records)), key=lambda i: len(questions[i].prompt), reverse=True)
-    texts, start, unused = {}, 0, tokenizer.unused(model.config.vocab_size)
+    texts, unused = {}, tokenizer.unused(model.config.vocab_size)
     with cached_products(model):
-        while start < len(order):
-            count = max(1, row_tokens // len(questions[order[start]].prompt))  # of prompts about as long
-            part = order[start:start + count]
-            new = model.beam_search([questions[i].prompt for i in part], NEW_TOKENS, tokenizer.eos, beams, unused)
-            texts |= zip(part, map(tokenizer.decode, new))
-            start += count
+        for row in in_rows([len(question.prompt) for question in questions], row_tokens):
+            prompts = [questions[i].prompt for i in row]
+            new = model.beam_search(prompts, NEW_TOKENS, tokenizer.eos, beams, unused)
+            texts |= zip(row, map(tokenizer.decode, new))
     return [{"text": texts[i], "prediction": parse_answer(record["task"], texts[i]), "cut": questions[i].cut > 0}
             for i, record in enumerate(records)]
 
@@ -177,17 +175,6 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
 
 
 # ----------------------------------------------------------------------------------------------- results
-
-def accuracy_key(protocol: str) -> str:
-    """The one accuracy to quote: acc_norm in cloze form, where choices differ in length; acc elsewhere."""
-    return "acc_norm" if protocol == "cloze" else "acc"
-
-
-def correct(prediction: dict, protocol: str) -> bool:
-    """Whether a prediction counts for the accuracy to quote."""
-    chosen = "prediction_norm" if accuracy_key(protocol) == "acc_norm" else "prediction"
-    return prediction[chosen] == prediction["label"]
-
 
 def summarise(predictions: list[dict], protocol: str) -> dict:
     """{"n", "acc", "acc_norm" (not of generate), "interval", "majority", "unparsed", "cut"} of one task's predictions.
@@ -241,269 +228,33 @@ def table(results: dict[str, dict], protocol: str) -> str:
     return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def claimed(directory: Path):
-    """Nobody else evaluates into a directory meanwhile."""
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        claim(handle, directory)
-        yield
-    finally:
-        os.close(handle)
-
-
-def earlier_predictions(out: Path, summary: dict) -> dict[str, dict[int, dict]]:
-    """What `read_predictions` finds of an earlier evaluation in `out`, whole or interrupted, if it was of the very same
-    thing: model, adapter's contents, protocol and records; its other tasks join `summary`. Anything else is moved aside
-    and not mixed in."""
-    if not (out / "results.json").exists():
-        return {}
-    old = read_json(out / "results.json")
-    before, known = old.get("configuration", {}), old.get("data", {})
-    differ = [name for name, value in summary["configuration"].items() if before.get(name) != value]
-    differ += [f"{task}'s records" for task, digest in summary["data"].items() if known.get(task, digest) != digest]
-    if differ:
-        aside = next(path for i in itertools.count(1) if not (path := out / f"earlier{i}").exists())
-        aside.mkdir()
-        for name in ("predictions.jsonl", "results.json"):  # in this order, a kill in between loses nothing
-            if (out / name).exists():
-                (out / name).rename(aside / name)
-        print(f"{out} held another evaluation ({', '.join(differ)} differ), which is now in {aside}")
-        return {}
-    summary |= {name: old[name] | summary[name] for name in ("data", "tasks")}
-    return read_predictions(out)
-
-
-def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
-    """{task: {index: prediction}} of predictions.jsonl."""
-    file, found = directory / "predictions.jsonl", {}
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # a last line cut short has no end
-    for number, line in enumerate(lines, 1):
-        try:
-            prediction = json.loads(line)
-            if not {"label", "prediction", "cut"} <= prediction.keys():
-                raise ValueError
-            found.setdefault(prediction["task"], {})[prediction["index"]] = prediction
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}, line {number}: not a prediction; delete {directory} and evaluate again") from None
-    return found
-
-
 def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: dict, out: Path) -> None:
     """Evaluates {task: records} and keeps what is done in `out`, where it goes on if it was interrupted. summary: what
     becomes results.json, which gets the results."""
-    configuration, earlier = summary["configuration"], earlier_predictions(out, summary)
-    write_json(out / "results.json", summary)
-    whole = json_lines([prediction for own in earlier.values() for prediction in own.values()])
-    write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
-    with open(out / "predictions.jsonl", "a") as file:
-        for task, own in records.items():
+    c = summary["configuration"]
+    with continued(out, summary) as (earlier, file):
+        for task, task_records in records.items():
             if task in earlier:
                 print(f"{task}: {len(earlier[task]):,} predictions were already in {out}")
-            result = evaluate(model, tokenizer, own, configuration["protocol"], configuration["max_len"],
-                              beams=configuration["beams"], earlier=earlier.get(task), file=file)
+            result = evaluate(model, tokenizer, task_records, c["protocol"], c["max_len"], beams=c["beams"],
+                              earlier=earlier.get(task), file=file)
             result.pop("predictions")  # these are in the file
             summary["tasks"][task] = result
-            summary["mean"] = mean_result(summary["tasks"], configuration["protocol"])
+            summary["mean"] = mean_result(summary["tasks"], c["protocol"])
             write_json(out / "results.json", summary)
 
 
-# --------------------------------------------------------------------------------------------- comparing
+# --------------------------------------------------------------------------- what the gates do, in numbers
 
-# What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
-SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "batch", "steps", "validation",
-                   "eval_every", "seed")
-# What changes no step of training but by rounding, or only how many there are.
-UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
-               "device", "compile", "checkpointing", "fsdp", "plan")
-
-
-def results_name(args, name: str, protocol: str) -> str:
-    """Results of each adapter, protocol, split and limit have a directory of their own, to stand side by side."""
-    parts = [name, "gates" if args.gates else "", protocol, "val" if args.split == "val" else "",
-             str(args.limit or ""), f"beams{args.beams}" if protocol == "generate" and args.beams != 4 else "",
-             "" if args.skip_closed is None else f"skip{args.skip_closed}"]
-    return "-".join(part for part in parts if part)
-
-
-def runs_of(group: str) -> list[str]:
-    """The runs that a word of --compare names: with commas between, or all those in a directory, such as the seeds in
-    out/lora/1, out/lora/2, ..."""
-    inside = [] if (Path(group) / "config.json").exists() else sorted(Path(group).glob("*/config.json"))
-    return [str(file.parent) for file in inside] or group.split(",")
-
-
-def find_results(run: str, args) -> Path:
-    """The directory of a run's results that --protocol, --split, --limit, ... choose, or `run` itself if it is one."""
-    directory = Path(run)
-    if (directory / "predictions.jsonl").exists():
-        return directory
-    facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-    protocol = args.protocol or facts.get("config", {}).get("form", "cloze")
-    chosen = directory / "eval" / results_name(args, args.adapter, protocol)
-    if (chosen / "predictions.jsonl").exists():
-        return chosen
-    there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
-    advice = "first: "
-    if there:
-        advice = (f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as "
-                  f"{run}/eval/NAME; or evaluate it first: ")
-    raise UserError(f"{run}: no results called {chosen.name} there; {advice}python eval.py --run {run}"
-                    + (f" --limit {args.limit}" if args.limit else ""))
-
-
-def load_results(run: str, args) -> tuple[dict, dict[str, list[float]]]:
-    """(results.json, {task: 1.0 or 0.0 for each question}) of an evaluated run."""
-    directory = find_results(run, args)
-    summary, found = read_json(directory / "results.json"), read_predictions(directory)
-    if not {"configuration", "settings", "data", "tasks"} <= summary.keys():
-        raise UserError(f"{directory}/results.json: of another version of eval.py; evaluate again")
-    if short := [task for task, result in summary["tasks"].items() if len(found.get(task, ())) != result["n"]]:
-        raise UserError(f"{directory}: predictions of {', '.join(short)} are missing; evaluate again")
-    protocol = summary["configuration"]["protocol"]
-    return summary, {task: [float(correct(found[task][i], protocol)) for i in sorted(found[task])]
-                     for task in summary["tasks"]}
-
-
-def setting_differences(methods: list[list[dict]]) -> tuple[list[str], list[str]]:
-    """(settings that differ and should not, settings that are compared), each as "name: first / second / ...".
-    methods: for each method the results.json of its seeds."""
-    base = "{base_sha256:.8} in {dtype}"
-    settings = [[{"base": base.format(**summary["configuration"])} | (summary["settings"] or {}) for summary in method]
-                for method in methods]
-    wrong, compared = [], []
-    for name in sorted({name for method in settings for s in method for name in s} - {"preset", "init", *UNIMPORTANT}):
-        values = [sorted({str(s[name]) for s in method if name in s}) for method in settings]
-        values = [own for own in values if own]
-        mixed = name != "seed" and any(len(own) > 1 for own in values)  # within what should be one method
-        differ = any(own != values[0] for own in values)
-        if mixed or differ:
-            text = f"{name}: " + " / ".join(", ".join(own) for own in values)
-            (wrong if mixed or name in SHARED_SETTINGS else compared).append(text)
-    return wrong, compared
-
-
-def bootstrap(difference: np.ndarray, rng: np.random.Generator, times: int = 10_000) -> np.ndarray:
-    """Means of `times` resamples of a task's paired differences, in percent. A resample of n questions counts how often
-    each distinct value comes up, which is one multinomial draw."""
-    values, counts = np.unique(difference, return_counts=True)
-    n = len(difference)
-    return 100 * rng.multinomial(n, counts / n, size=times) @ values / n
-
-
-def mcnemar(difference: np.ndarray) -> float:
-    """Exact two-sided p of McNemar's test: of the questions that only one of two runs gets right, each run would win
-    half if they were equally good."""
-    n, fewer = int((difference != 0).sum()), int(min((difference > 0).sum(), (difference < 0).sum()))
-    ways = total = 1  # n over k for k = 0, and the sum of them up to `fewer`
-    for k in range(fewer):
-        ways = ways * (n - k) // (k + 1)
-        total += ways
-    return min(1.0, 2 * total / 2**n)
-
-
-def compare(groups: list[str], args, out: Path) -> dict:
-    """eval.py --compare: one table, printed, returned and kept in `out`, with a picture of the runs' losses.
-
-    A group is a method: one run, or its seeds (`runs_of`), whose mean counts. The table has each method's
-    accuracy and, over its seeds, the standard deviation; and the difference to the first method, paired by question,
-    with a 95 % bootstrap interval over questions (not over seeds). p is McNemar's, where both are single runs, over the
-    questions of all tasks together."""
-    methods = [[load_results(run, args) for run in runs_of(group)] for group in groups]
-    for group, method in zip(groups, methods):
-        seeds = [summary["settings"]["seed"] for summary, _ in method if summary["settings"]]
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{group}: two of {', '.join(runs_of(group))} have the same seed; name one of each seed, "
-                            "with commas between (train.py moves an earlier run aside, to NAME-1)")
-    summaries = [summary for method in methods for summary, _ in method]
-    for name in ("protocol", "split", "beams"):
-        if len(values := {str(summary["configuration"][name]) for summary in summaries}) > 1:
-            raise UserError(f"these cannot be compared: their {name} is {' and '.join(sorted(values))}")
-    chosen = task_names(args.tasks or "all")
-    tasks = [task for task in summaries[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in summaries)]
-    if other := [task for task in tasks if len({summary["data"][task] for summary in summaries}) > 1]:
-        raise UserError(f"these cannot be paired: the questions of {', '.join(other)} differ; evaluate all with the "
-                        "same --limit and --data")
-    if not tasks:
-        raise UserError("these have no task in common")
-    left_out = {task for summary in summaries for task in summary["tasks"] if task in chosen} - set(tasks)
-    wrong, compared = setting_differences([[summary for summary, _ in method] for method in methods])
-    for names, start in ((wrong, "WARNING: what should be the same differs: "), (compared, "compared: "),
-                         (sorted(left_out), "not evaluated for all, left out: ")):
-        if names:
-            print(start + "; ".join(names))
-    if any(not summary["settings"] for summary in summaries):
-        print("a base model or an adapter without a run's config.json is among them: its training is unknown")
-
-    # {task: a number for each question: how many of the method's seeds get it right, of 1}
-    hits = [{task: np.mean([run[task] for _, run in method], axis=0) for task in tasks} for method in methods]
-    rows = {task: [] for task in [*tasks, "mean"]}
-    for method, mine in zip(methods, hits):
-        accuracies = {task: [100 * np.mean(run[task]) for _, run in method] for task in tasks}  # of each seed
-        accuracies["mean"] = np.mean(list(accuracies.values()), axis=0)
-        difference = {task: mine[task] - hits[0][task] for task in tasks}
-        rng = np.random.default_rng(0)
-        draws = {task: bootstrap(difference[task], rng) for task in tasks}
-        draws["mean"] = np.mean(list(draws.values()), axis=0)
-        difference["mean"] = np.concatenate(list(difference.values()))  # for McNemar's p
-        for task, row in rows.items():
-            cell = {"accuracy": float(np.mean(accuracies[task])),
-                    "spread": float(np.std(accuracies[task], ddof=1)) if len(method) > 1 else None}
-            if method is not methods[0]:
-                cell["difference"] = cell["accuracy"] - row[0]["accuracy"]
-                cell["interval"] = np.percentile(draws[task], [2.5, 97.5]).tolist()
-                cell["p"] = mcnemar(difference[task]) if len(method) == len(methods[0]) == 1 else None
-            row.append(cell)
-    print(comparison_table(groups, rows, {task: len(hits[0][task]) for task in tasks}))
-    result = {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
-    write_json(out / "compare.json", result)
-    drawn = draw_training({run: read_metrics(run) for group in groups for run in runs_of(group)}, out / "losses.png")
-    print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
-    return result
-
-
-def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str, int]) -> str:
-    """The rows of `compare` in Markdown, a line for each method; n: questions of each task. Differences are those of
-    the mean, or of the one task that --tasks names."""
-    tasks = rows if len(n) > 1 else n
-    table = [["", *(f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks), "minus [1]", "95 % interval", "p"]]
-    for i, cell in enumerate(rows["mean"]):
-        line = [f"[{i + 1}]"]
-        for task in tasks:
-            spread = rows[task][i]["spread"]
-            line.append(f"{rows[task][i]['accuracy']:.2f}" + ("" if spread is None else f" ± {spread:.2f}"))
-        if i == 0:
-            line += ["", "", ""]
-        else:
-            p = "" if cell["p"] is None else f"{cell['p']:.4f}" if cell["p"] >= 1e-4 else "<0.0001"
-            line += [f"{cell['difference']:+.2f}", "{:+.2f} to {:+.2f}".format(*cell["interval"]), p]
-        table.append(line)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
-    legend = [f"[{i}] {', '.join(runs_of(group))}" for i, group in enumerate(groups, 1)]
-    return "\n".join([*legend, "", *text])
-
-
-# ------------------------------------------------------------------------------------------------- gates
-
-@torch.no_grad()
-def decode(model: Transformer, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int):
-    """Greedy decoding, step by step: yields (token ids read, their gates (G, T)), first of the whole prompt (prefill),
-    then of one new token after another (decode). G counts the gated layers; without gates the second is None."""
-    device, unused = model.embed.weight.device, tokenizer.unused(model.config.vocab_size)
-    cache = KVCache(model.config, 1, len(prompt) + max_new_tokens, model.blocks[0].attn.k_proj.weight.dtype, device)
-    ids, start = prompt, 0
-    for _ in range(max_new_tokens + 1):
-        positions = torch.arange(start, start + len(ids), device=device)[None]
-        last = torch.tensor([len(ids) - 1], device=device)
-        logits = model(torch.tensor([ids], device=device), positions=positions, cache=cache, select=last)
-        logits[:, unused] = -math.inf                                            # (1, V)
+def decode_with_gates(model: Transformer, tokenizer: Tokenizer, prompt: list[int]):
+    """Answers a prompt greedily, step by step: yields (the ids read, their gates (G, T)), first of the whole prompt
+    (prefill), then of one new token after another (decode). G counts the gated layers; without gates there is None."""
+    read = prompt
+    for new in model.decode([prompt], NEW_TOKENS, tokenizer.unused(model.config.vocab_size)):
         gates = list(gate_values(model).values())                                # of each layer (1, T)
-        yield ids, torch.cat(gates).float().cpu() if gates else None
-        start, ids = start + len(ids), [int(logits.argmax())]
-        if ids[0] == tokenizer.eos:
+        yield read, torch.cat(gates).float().cpu() if gates else None
+        read = new.tolist()
+        if read == [tokenizer.eos]:
             return
 
 
@@ -511,43 +262,30 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """The text of each token. A character that spans tokens is shown with its last one."""
     stream = TextStream(tokenizer)
     texts = [stream.add(i) for i in ids]
-    return [*texts[:-1], texts[-1] + stream.rest()]  # where the last one is cut short
+    return [*texts[:-1], texts[-1] + stream.rest()]  # the last character may not be whole
 
 
 def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) -> list[dict]:
-    """For each record its prompt (of cloze WinoGrande, up to its first choice) and the answer that the model generates:
-    {"task", "tokens", "prompt" (how many of the tokens), "cut" (how many the prompt lost), "gates" (G, T)}."""
+    """For each record its prompt (of cloze WinoGrande, up to its first choice) and the answer that the model generates,
+    as a trace (see data/pictures.py)."""
     traces, room = [], prompt_room(model, max_len)
     with cached_products(model):
         for record in tqdm(records, desc="reading and answering", unit="q", leave=False, disable=None):
-            prompt, _, cut = scoring_questions(record, form, tokenizer, room)[0]
-            ids, gates = zip(*decode(model, tokenizer, prompt, NEW_TOKENS))
-            traces.append({"task": record["task"], "tokens": token_texts(tokenizer, sum(ids, [])), "cut": cut,
-                           "prompt": len(prompt), "gates": torch.cat(gates, dim=1)})
+            question = scoring_questions(record, form, tokenizer, room)[0]
+            ids, gates = zip(*decode_with_gates(model, tokenizer, question.prompt))
+            traces.append({"task": record["task"], "tokens": token_texts(tokenizer, sum(ids, [])), "cut": question.cut,
+                           "prompt": len(question.prompt), "gates": torch.cat(gates, dim=1)})
     return traces
-
-
-def layer_and_projection(names: list[str]) -> list[tuple[int, str]]:
-    """"blocks.3.attn.q_proj" -> (3, "q_proj")."""
-    return [(int(name.split(".")[1]), name.rpartition(".")[2]) for name in names]
-
-
-def by_phase(traces: list[dict]) -> dict[str, torch.Tensor]:
-    """{"prompt" (prefill) and "answer" (decode): the gates (G, tokens) of all their tokens}."""
-    return {"prompt": torch.cat([trace["gates"][:, :trace["prompt"]] for trace in traces], dim=1),
-            "answer": torch.cat([trace["gates"][:, trace["prompt"]:] for trace in traces], dim=1)}
-
-
-def means_by(keys: list, values: list[float]) -> dict:
-    """{key: the mean of its values}."""
-    return {key: float(np.mean([value for own, value in zip(keys, values) if own == key]))
-            for key in dict.fromkeys(keys)}
 
 
 def gate_numbers(traces: list[dict], names: list[str]) -> dict:
     """What the gates do, in numbers: for each phase the mean gate over all, by projection and by layer, the shares near
     closed and near open, the mean entropy in bits (at most 1), and the share of the variance that is between the tokens
     of a gate: 0 where gates tell layers apart alone, as static ones do."""
+    def means_by(keys: list, values: list[float]) -> dict:
+        return {key: float(np.mean([value for other, value in zip(keys, values) if other == key]))
+                for key in dict.fromkeys(keys)}
+
     layers, projections = zip(*layer_and_projection(names))
     numbers = {"questions": len(traces), "cut": sum(trace["cut"] > 0 for trace in traces)}
     for phase, g in by_phase(traces).items():
@@ -563,134 +301,20 @@ def gate_numbers(traces: list[dict], names: list[str]) -> dict:
     return numbers
 
 
-def write_gate_page(traces: list[dict], names: list[str], title: str, path: Path) -> None:
-    """gates.html: assets/gates.html with the data in it. Needs no network; texts are data and never markup."""
-    page = (Path(__file__).parent / "assets" / "gates.html").read_text()
-    # a gate is a byte, 255 g, of a base64 text: the gates of a token, then those of the next
-    gates = [(trace["gates"].t() * 255).round().to(torch.uint8).numpy().tobytes() for trace in traces]
-    data = {"title": title, "places": layer_and_projection(names),
-            "questions": [trace | {"gates": base64.b64encode(g).decode()} for trace, g in zip(traces, gates)]}
-    text = json.dumps(data).replace("<", "\\u003c")  # in a <script>, "</script>" would end it
-    write_atomically(path, lambda temporary: temporary.write_text(page.replace("{{DATA}}", text)))
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-COLOURS = "#3b6ea8", "#d9622b"  # of prompt and answer
-
-
-def new_figure(rows: int, height: float):
-    """A figure 8 inches wide and its rows. matplotlib is only imported by those who want pictures."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(rows, squeeze=False)[:, 0]
-
-
-def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> list[str]:
-    """gates-layers.png, gates-histogram.png and gates-position.png."""
-    phases = [(f"{name}, {g.shape[1]:,} tokens", g, colour) for name, g, colour in zip(
-        ("prompt (prefill)", "generated answer (decode)"), by_phase(traces).values(), COLOURS) if g.shape[1]]
-
-    # the mean gate of each layer and projection
-    places = layer_and_projection(names)
-    layers, projections = (list(dict.fromkeys(column)) for column in zip(*places))
-    figure, axes = new_figure(len(phases), 2.2 * len(phases) + 0.4)
-    for axis, (phase, g, _) in zip(axes, phases):
-        grid = np.full((len(projections), len(layers)), np.nan)
-        for (layer, projection), value in zip(places, g.mean(1).tolist()):
-            grid[projections.index(projection), layers.index(layer)] = value
-        image = axis.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set(title=f"{phase}: mean gate {g.mean():.2f}", yticks=range(len(projections)), yticklabels=projections)
-        step = max(1, len(layers) // 15)
-        axis.set_xticks(range(0, len(layers), step), layers[::step])
-    axes[-1].set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label="mean gate (0 closed, 1 open)")
-    figure.suptitle(title)
-    figure.savefig(out / "gates-layers.png")
-
-    # how often a gate has which value
-    figure, (axis,) = new_figure(1, 3.6)
-    for phase, g, colour in phases:
-        share, edges = np.histogram(g.numpy(), bins=40, range=(0, 1))
-        near = f"{100 * (g < 0.05).float().mean():.1f} % below 0.05, {100 * (g > 0.95).float().mean():.1f} % above 0.95"
-        axis.stairs(100 * share / g.numel(), edges, color=colour, fill=True, alpha=0.25)
-        axis.stairs(100 * share / g.numel(), edges, color=colour, label=f"{phase}\n{near}")
-    axis.set(title=title, xlabel="gate", ylabel="% of gates", xlim=(0, 1))
-    axis.legend(fontsize=8)
-    figure.savefig(out / "gates-histogram.png")
-
-    # gates token by token, before and after the answer starts
-    by_position = {}  # {position, counted from the answer's first token: the gates (G,) of each question there}
-    for trace in traces:
-        for t, gates in enumerate(trace["gates"].t().numpy()):
-            by_position.setdefault(t - trace["prompt"], []).append(gates)
-    positions = sorted(t for t, gates in by_position.items() if len(gates) >= max(2, len(traces) // 4))
-    low, high = [[np.quantile(by_position[t], q) for t in positions] for q in (0.1, 0.9)]
-    figure, (axis,) = new_figure(1, 3.6)
-    axis.fill_between(positions, low, high, color=COLOURS[0], alpha=0.2, label="10 % to 90 % of all gates")
-    axis.plot(positions, [np.mean(by_position[t]) for t in positions], color=COLOURS[0], marker=".",
-              label="mean over gates and questions")
-    axis.axvline(-0.5, color="black", linestyle="--", linewidth=1)
-    axis.text(-0.8, 0.02, "prefill (prompt)", ha="right")
-    axis.text(-0.2, 0.02, "decode (answer)", ha="left")
-    axis.set(title=title, ylim=(0, 1), ylabel="gate",
-             xlabel="token, counted from the answer's first (as far as a quarter of the questions reach)")
-    axis.legend(fontsize=8)
-    figure.savefig(out / "gates-position.png")
-    return ["gates-layers.png", "gates-histogram.png", "gates-position.png"]
-
-
-def read_metrics(run: str) -> list[dict]:
-    file = Path(run) / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.is_file() else []  # a last line cut short has no end
-    return [json.loads(line) for line in lines]
-
-
-def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
-    """Loss, and where there are gates their entropy and means, over training; {name: metrics.jsonl's lines}."""
-    runs = {name: lines for name, lines in runs.items() if any("loss" in line for line in lines)}
-    if not runs:
-        return []
-    gated = any("gate_prompt" in line for lines in runs.values() for line in lines)
-    figure, (loss, *others) = new_figure(3 if gated else 1, 6.6 if gated else 3.4)
-    for i, (name, lines) in enumerate(runs.items()):
-        def curve(key):
-            """Its steps and values."""
-            found = [line for line in lines if key in line]
-            return [line["step"] for line in found], np.array([line[key] for line in found])
-
-        loss.plot(*curve("loss"), color=f"C{i}", label=name[-50:], alpha=0.8)  # the end of a path tells most
-        loss.plot(*curve("validation_loss"), f"C{i}o")
-        if any("gate_answer" in line for line in lines):
-            steps, entropy = curve("entropy")
-            others[0].plot(steps, entropy / math.log(2), color=f"C{i}")
-            others[1].plot(*curve("gate_prompt"), color=f"C{i}")
-            others[1].plot(*curve("gate_answer"), color=f"C{i}", linestyle="--")
-    loss.set(ylabel="loss, nats a token\n(dots: validation)", xlabel="" if gated else "step")
-    loss.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
-    if gated:
-        others[0].set(ylabel="gate entropy, bits", ylim=(0, 1.02))
-        others[1].set(ylabel="mean gate (solid: on\nprompts, dashed: answers)", ylim=(0, 1), xlabel="step")
-    figure.savefig(path)
-    return [path.name]
-
-
-def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_len: int, args, out: Path):
+def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_len: int, c: "Settings", out: Path):
     """eval.py --gates: writes gates.html, the pictures, and their numbers in gates.json."""
-    run = args.run
-    names = [name for name, layer in gated_layers(model).items() if layer.gate != "none"]
-    if not names:
-        raise UserError(f"{run}: its adapter has no gates to show")
-    traces = {task: trace_gates(model, tokenizer, own, form, max_len) for task, own in records.items()}
-    each = max(2, 16 // len(records))  # as many as one reads
-    shown = [trace for own in traces.values() for trace in own[:each]]
-    traces = [trace for own in traces.values() for trace in own]
+    names, adapter = list(gated_layers(model)), model.adapter_config
+    if adapter.gate == "none":
+        raise UserError(f"{c.run}: its adapter has no gates to show")
+    by_task = [trace_gates(model, tokenizer, task_records, form, max_len) for task_records in records.values()]
+    traces = [trace for of_task in by_task for trace in of_task]
+    each = max(2, 16 // len(records))  # on the page, as many as one reads
     numbers = gate_numbers(traces, names)
-    title = f"{run}: {model.adapter_config.method} with a {model.adapter_config.gate} gate on {model.name_or_path}"
-    write_gate_page(shown, names, title, out / "gates.html")
+    title = f"{c.run}: {adapter.method} with a {adapter.gate} gate on {model.name_or_path}"
+    write_gate_page([trace for of_task in by_task for trace in of_task[:each]], names, title, out / "gates.html")
     files = ["gates.html", *draw_gates(traces, names, title, out),
-             *draw_training({Path(run).name: read_metrics(run)}, out / "training.png")]
-    write_json(out / "gates.json", {"title": title, "form": form, "split": args.split, "gates": numbers})
+             *draw_training({Path(c.run).name: read_metrics(c.run)}, out / "training.png")]
+    write_json(out / "gates.json", {"title": title, "form": form, "split": c.split, "gates": numbers})
     for phase in ("prompt", "answer"):
         if (seen := numbers[phase])["tokens"]:
             print(f"{phase}: mean gate {seen['mean']:.3f} over {seen['tokens']:,} tokens; {seen['below_0.05']:.1%} "
@@ -705,37 +329,20 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
 
 # ------------------------------------------------------------------------------------ seeing it decode
 
-RAMP = (231, 230, 229, 222, 215, 208, 202)  # of the terminal's 256 colours, from white (closed) to orange (open)
-
-
-def paint(text: str, gate: float | None, colour: bool) -> str:
-    """A token with its mean gate: as a background colour, or behind it as a number. Control characters go."""
-    text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
-    if gate is None:
-        return text
-    if not colour:
-        return f"{text.rstrip(chr(10))}[{gate:.2f}]" + "\n" * text.endswith("\n")
-    start = f"\x1b[30;48;5;{RAMP[min(len(RAMP) - 1, int(gate * len(RAMP)))]}m"
-    return start + text.replace("\n", f"\x1b[0m\n{start}") + "\x1b[0m"
-
-
 def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
     """eval.py --prompt: streams the answer with the adapter and then without, each token with its mean gate."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    first = [] if tokenizer.bos is None else [tokenizer.bos]
-    ids = tokenizer.encode(prompt)
-    if not first + ids:
+    bos, ids = [] if tokenizer.bos is None else [tokenizer.bos], tokenizer.encode(prompt)
+    if not bos + ids:
         raise UserError("--prompt: empty; expected a text")
-    if (cut := len(ids) + len(first) - max_len) > 0:
-        print(f"the prompt is longer than {max_len} tokens and lost its first {cut}")
-    ids = first + ids[max(0, cut):]
-    layers = gated_layers(model).values()
-    if any(layer.gate != "none" for layer in layers):
-        steps = [(i + 0.5) / len(RAMP) for i in range(len(RAMP))]
-        legend = " ".join(paint(f" {gate:.1f} ", gate, colour) for gate in steps)
-        print("mean gate: " + (legend if colour else "in brackets after each token"))
-    if not layers:
+    surplus = max(0, len(bos) + len(ids) - max_len)
+    if surplus:
+        print(f"the prompt is longer than {max_len} tokens and lost its first {surplus}")
+    ids = bos + ids[surplus:]
+    if not gated_layers(model):
         return {"the base": stream_answer(model, tokenizer, ids, "the base", colour)}
+    if model.adapter_config.gate != "none":
+        print(f"mean gate: {colour_legend(colour)}")
     answers = {}
     for title, way in (("with the adapter", cached_products), ("without the adapter (the base)", adapters_off)):
         with way(model):
@@ -747,7 +354,7 @@ def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) ->
     """Prints the prompt `ids` and, token by token, the model's answer, which it returns."""
     print(f"--- {title} ---")
     stream, answer = TextStream(tokenizer), []
-    for step, (read, gates) in enumerate(decode(model, tokenizer, ids, NEW_TOKENS)):
+    for step, (read, gates) in enumerate(decode_with_gates(model, tokenizer, ids)):
         means = [None] * len(read) if gates is None else gates.mean(0).tolist()
         for token, gate in zip(read, means):
             print(paint(stream.add(token), gate, colour), end="", flush=True)
@@ -761,93 +368,84 @@ def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) ->
 
 # -------------------------------------------------------------------------------------------- command line
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Flags(description=__doc__)
-    parser.add_argument("--run", help="a run directory of train.py, or a directory with an adapter")
-    parser.add_argument("--adapter", choices=("best", "last"), default="best", help="which of the run's adapters")
-    parser.add_argument("--init", help="a base model, as in train.py; with --run the run's own")
-    parser.add_argument("--tasks", help=f"all, or some of {','.join(TASKS)}; default the run's own, or all")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: the run's own form, cloze for a base model")
-    parser.add_argument("--beams", type=int, default=4, help="of --protocol generate; 1 is greedy [4]")
-    parser.add_argument("--split", choices=("val", "test"), default="test",
-                        help="val: the part of the training sets that train.py leaves out, to choose settings [test]")
-    parser.add_argument("--limit", type=int, default=0, help="the first so many questions of each task; 0: all")
-    parser.add_argument("--data", help="a directory of <task>/{train,test}.jsonl; default data/commonsense")
-    parser.add_argument("--max-len", type=int, default=0,
-                        help="longer questions lose the start of their prompt; default the run's, or 512")
-    parser.add_argument("--skip-closed", type=float, help="HiRA with a token gate: tokens with a gate up to this skip "
-                        "the update and its cost; default the run's own")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--compare", nargs="+", metavar="RUN",
-                        help="instead: evaluated runs against the first, by question; commas join the seeds of one "
-                             "method, or a directory holds them")
-    parser.add_argument("--gates", action="store_true",
-                        help="instead: show the gates of --limit [10] questions of each task, as a page and pictures")
-    parser.add_argument("--prompt", metavar="TEXT", help="instead: watch it answer this; \\n is a new line")
-    parser.add_argument("--export", nargs=2, metavar=("hf|peft", "DIR"),
-                        help="instead: write the merged model in Hugging Face layout (hf) or the adapter in peft's "
-                             "(peft); ungated adapters only")
-    parser.add_argument("--out", help="where to write; default the run's eval/, out/eval/ for a base model")
-    return parser.parse_args(argv)
+@dataclass
+class Settings:
+    """Every flag. The comment of a field is its --help."""
+    # what is evaluated
+    run: str = ""                   # a run directory of train.py, or a directory with an adapter
+    adapter: str = "best"           # which of the run's adapters
+    init: str = ""                  # a base model, as in train.py; with --run the run's own
+    # on what
+    tasks: str = ""                 # all, or some of boolq,piqa,...; default the run's own, or all
+    split: str = "test"             # val: the part of the training sets that train.py leaves out, to choose settings
+    limit: int = 0                  # the first so many questions of each task; 0: all
+    data: str = ""                  # a directory of <task>/{train,test}.jsonl; default data/commonsense
+    # how
+    protocol: str = ""              # default: the run's own form, cloze for a base model
+    beams: int = 4                  # of --protocol generate; 1 is greedy
+    max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
+    skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"             # auto: bfloat16 on cuda, float32 on cpu and for --export
+    out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
+    # instead of an evaluation
+    compare: list = None            # evaluated runs against the first; commas, or a directory, join a method's seeds
+    gates: bool = False             # show the gates of --limit (default 10) questions of each task: page and pictures
+    prompt: str = ""                # watch it answer this; \n is a new line
+    export: list = None             # hf DIR: write the merged model; peft DIR: the adapter; ungated adapters only
 
 
-def find_run(args: argparse.Namespace) -> tuple[Path | None, dict]:
-    """(The directory of the adapter, the run's config.json) of --run; what is wrong with them joins args.wrong."""
-    run = Path(args.run)
-    adapter = next((place for place in (run / args.adapter, run) if (place / "adapter.safetensors").exists()
-                    or (place / "adapter_config.json").exists()), None)  # the latter is peft's
-    # --run may also name one of a run's adapters
-    file = next((file for file in (run / "config.json", run.parent / "config.json") if file.exists()), None)
-    facts = read_json(file) if file else {}
-    settings, kinds = facts.get("config", {}), {"init": str, "tasks": str, "form": str, "max_len": int}
-    if not (isinstance(settings, dict)
-            and all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items())):
-        raise UserError(f"{file}: not the config.json of a run")
-    if not run.is_dir():
-        args.wrong.append(f"{run}: no such directory")
-    elif adapter is None:
-        last = "; last/ is there, of a run that has not ended: add --adapter last"
-        args.wrong.append(f"{run}: no adapter there; looked for {run / args.adapter}/adapter.safetensors"
-                          + (last if (run / "last" / "adapter.safetensors").exists() else ""))
-    elif not (args.init or settings.get("init")):
-        args.wrong.append(f"{run}: no config.json that names the base model; pass --init")
-    return adapter, facts
+CHOICES = {"adapter": ("best", "last"), "split": ("val", "test"), "protocol": PROTOCOLS,
+           "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
-def check(args: argparse.Namespace) -> tuple[list[str], Path | None, dict]:
-    """The tasks, the adapter's directory and the run's config.json; UserError with everything that is wrong."""
-    adapter, facts = find_run(args) if args.run else (None, {})
-    tasks, wrong = task_names(args.tasks or facts.get("config", {}).get("tasks", "all")), args.wrong
-    wrong += [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
-    wrong += [f"--tasks: {task} is named twice" for task, times in Counter(tasks).items() if times > 1]
-    if args.limit < 0:
-        wrong.append(f"--limit {args.limit}; expected 0 (all) or more")
-    if args.beams < 1:
-        wrong.append(f"--beams {args.beams}; expected 1 or more")
-    if args.max_len != 0 and args.max_len < 16:
-        wrong.append(f"--max-len {args.max_len}; expected 16 or more")
-    if args.export and args.export[0] not in ("hf", "peft"):
-        wrong.append(f"--export {args.export[0]}; expected hf or peft")
-    given = [name for name, value in vars(args).items() if value is not None and value is not False]
+def parse(argv: list[str]) -> Settings:
+    """Flags -> Settings. UserError lists everything that is wrong with them at once."""
+    given, wrong = read_flags(Settings, argv, __doc__, CHOICES)
+    c = Settings(**given)
     modes = [name for name in ("compare", "gates", "prompt", "export") if name in given]
-    if len(modes) > 1:
-        wrong.append(f"--{' and --'.join(modes)}: expected one of them")
-    if not (args.run or args.init or args.compare):
-        wrong.append("nothing to evaluate: pass --run DIRECTORY or --init MODEL")
-    if args.init and not args.run:
-        wrong += [f"--{name.replace('_', '-')} needs --run DIRECTORY" for name in ("gates", "export", "skip_closed")
-                  if name in given]
-    target = args.export[1] if args.export else args.out or args.run or "out"
-    if modes != ["compare"] and (problem := unwritable(Path(target), empty=bool(args.export))):
-        wrong.append(f"--{'export' if args.export else 'out'} {problem}")
-    wrong += device_problems(args.device)
+    wrong += task_problems(c.tasks)
+    rules = [
+        (c.limit >= 0, f"--limit {c.limit}; expected 0 (all) or more"),
+        (c.beams >= 1, f"--beams {c.beams}; expected 1 or more"),
+        (c.max_len == 0 or c.max_len >= 16, f"--max-len {c.max_len}; expected 16 or more"),
+        (not c.export or len(c.export) == 2, "--export: expected 2 arguments, hf or peft and a directory"),
+        (not c.export or c.export[0] in ("hf", "peft"), f"--export {c.export and c.export[0]}; expected hf or peft"),
+        (len(modes) < 2, f"--{' and --'.join(modes)}: expected one of them"),
+        (c.run or c.init or c.compare, "nothing to evaluate: pass --run DIRECTORY or --init MODEL"),
+    ]
+    rules += [(c.run or not c.init or name not in given, f"{flag(name)} needs --run DIRECTORY")
+              for name in ("gates", "export", "skip_closed")]
+    wrong += [message for fine, message in rules if not fine]
+    target = c.export[-1] if c.export else c.out or c.run or "out"
+    if not c.compare and (problem := unwritable(Path(target), empty=bool(c.export))):
+        wrong.append(f"--{'export' if c.export else 'out'} {problem}")
+    wrong += device_problems(c.device)
     if wrong:
         raise UserError("; ".join(wrong))
-    return tasks, adapter, facts
+    return c
+
+
+def task_problems(names: str) -> list[str]:
+    """What is wrong with the tasks that --tasks or a run's config.json names, one text each."""
+    tasks = task_names(names) if names else []
+    unknown = [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
+    return unknown + [f"--tasks: {task} is named twice" for task, times in Counter(tasks).items() if times > 1]
+
+
+def compare_runs(c: Settings) -> dict:
+    """eval.py --compare: one table, printed, returned and kept in compare.json, with a picture of the runs' losses."""
+    out = Path(c.out or "out/compare")
+    result = compare(c.compare, task_names(c.tasks or "all"), c)
+    write_json(out / "compare.json", result)
+    runs = [run for group in c.compare for run in runs_of(group)]
+    drawn = draw_training({run: read_metrics(run) for run in runs}, out / "losses.png")
+    print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
+    return result
 
 
 def export(model: Transformer, base: str, layout: str, directory: str) -> dict:
+    """eval.py --export: the adapter in peft's layout, or the merged model in Hugging Face's."""
     if layout == "peft":
         export_peft(model, directory)
     else:
@@ -858,62 +456,63 @@ def export(model: Transformer, base: str, layout: str, directory: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(argv)
-    tasks, adapter, facts = check(args)
-    if args.compare:
-        return compare(args.compare, args, Path(args.out or "out/compare"))
+    c = parse(sys.argv[1:] if argv is None else argv)
+    if c.compare:
+        return compare_runs(c)
 
     # What is asked for: by flags, else by the run's own settings.
+    adapter, facts = find_run(c) if c.run else (None, {})
     settings = facts.get("config", {})
-    base, protocol = args.init or settings["init"], args.protocol or settings.get("form", "cloze")
+    base, protocol = c.init or settings["init"], c.protocol or settings.get("form", "cloze")
     form = protocol if protocol in FORMS else "label"  # of the prompts
-    device, dtype = pick_device(args.device, args.dtype or ("float32" if args.export else "auto"))
-    limit = args.limit or (10 if args.gates else None)
-    needed = [] if args.export or args.prompt is not None else tasks
-    records = {task: load_records(task, args.split, args.data or DEFAULT)[:limit] for task in needed}
-    for task in needed:
-        for record in records[task]:
-            to_text(record, form)  # one without a text is refused before all else
+    tasks = c.tasks or settings.get("tasks", "all")
+    if wrong := task_problems(tasks):
+        raise UserError("; ".join(wrong))
+    device, dtype = pick_device(c.device, "float32" if c.export and c.dtype == "auto" else c.dtype)
+    limit = c.limit or (10 if c.gates else None)
+    needed = [] if c.export or c.prompt else task_names(tasks)
+    records = {task: load_records(task, c.split, c.data or DEFAULT)[:limit] for task in needed}
+    for record in sum(records.values(), []):
+        to_text(record, form)  # one without a text is refused before all else
 
     # The model
     tokenizer = load_tokenizer(base)
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
-    max_len = args.max_len or min(settings.get("max_len", 512), model.config.max_len)
+    max_len = c.max_len or min(settings.get("max_len", 512), model.config.max_len)
     if max_len > model.config.max_len:
         raise UserError(f"--max-len {max_len} is longer than the base's context of {model.config.max_len}")
     room = prompt_room(model, max_len)
-    if room < 16 and (protocol == "generate" or args.gates or args.prompt is not None):
+    if room < 16 and (protocol == "generate" or c.gates or c.prompt):
         raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
-    # the start of each weight tells one base from another, at no cost
+    # The start of each weight tells one base from another, at no cost.
     base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
     if adapter is not None:
-        load_adapter(model, adapter)
-        if args.skip_closed is not None:
-            set_skip_closed(model, args.skip_closed)
+        load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))
 
-    if args.export:
-        return export(model, base, *args.export)
-    if args.prompt is not None:
-        return show_decoding(model, tokenizer, args.prompt.replace("\\n", "\n"), room)
-    name = args.adapter if args.run else Path(base).name.removesuffix(".gguf")
-    out = Path(args.out) if args.out else Path(args.run or "out") / "eval" / results_name(args, name, protocol)
-    if args.gates:
-        return show_gates(model, tokenizer, records, form, max_len, args, out)
-
+    # What is to be done with it
+    if c.export:
+        return export(model, base, *c.export)
+    if c.prompt:
+        return show_decoding(model, tokenizer, c.prompt.replace("\\n", "\n"), room)
+    name = c.adapter if c.run else Path(base).name.removesuffix(".gguf")
+    out = Path(c.out) if c.out else Path(c.run or "out") / "eval" / results_name(name, protocol, c)
+    if c.gates:
+        return show_gates(model, tokenizer, records, form, max_len, c, out)
     print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol}, {sum(map(len, records.values())):,} questions "
-          f"({args.split})")
-    data = {task: hashlib.sha256(json_lines(own).encode()).hexdigest() for task, own in records.items()}
+          f"({c.split})")
     trained = {name: p.detach().cpu() for name, p in adapter_state(model).items()}
-    configuration = {"base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
-                     "adapter_sha256": checksum(trained) if trained else None, "protocol": protocol,
-                     "split": args.split, "limit": args.limit, "max_len": max_len,
-                     "beams": args.beams if protocol == "generate" else None, "dtype": str(dtype),
-                     "torch": torch.__version__}
-    summary = {"configuration": configuration, "adapter": str(adapter) if adapter else None,
-               "settings": settings | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
-               "python": platform.python_version(), "device": str(device), "data": data, "tasks": {}}
-    with claimed(out):
-        evaluate_tasks(model, tokenizer, records, summary, out)
+    configuration = {
+        "base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
+        "adapter_sha256": checksum(trained) if trained else None, "protocol": protocol, "split": c.split,
+        "limit": c.limit, "max_len": max_len, "beams": c.beams if protocol == "generate" else None,
+        "dtype": str(dtype), "torch": torch.__version__}
+    summary = {
+        "configuration": configuration, "adapter": str(adapter) if adapter else None,
+        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
+        "python": platform.python_version(), "device": str(device),
+        "data": {task: hashlib.sha256(json_lines(lines).encode()).hexdigest() for task, lines in records.items()},
+        "tasks": {}}
+    evaluate_tasks(model, tokenizer, records, summary, out)
     print(table(summary["tasks"], protocol))
     print(f"wrote {out}/results.json and predictions.jsonl")
     return summary

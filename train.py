@@ -42,10 +42,11 @@ from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.download import find_model
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
+from data.results import UNIMPORTANT, accuracy_key
 from data.runs import Progress, Run, Signals, clock, read_facts, unusable
-from eval import UNIMPORTANT, accuracy_key, evaluate, log_likelihoods
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_values, inject_adapters,
-                    load_adapter, save_adapter)
+from eval import evaluate, log_likelihoods
+from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
+                    inject_adapters, load_adapter, save_adapter)
 from model import Transformer, compile_blocks, load_tokenizer, read_config
 
 
@@ -68,7 +69,7 @@ class Config:
     entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
     gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
     skip_closed: float = 0.0        # tokens with a gate up to this skip the update and its cost; 0: none do
-    gate_lr: float = 0.0            # learning rate of w_g and b_g; 0: the same as lr
+    gate_lr: float = 0.0            # learning rate of the gates; 0: the same as lr
     # data
     tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
     form: str = "label"             # label (the papers' instruction) or cloze (the answer's own words)
@@ -284,9 +285,8 @@ def load_model(c: Config, dtype: torch.dtype, team: "Team") -> Transformer:
 
 
 def make_optimizer(model: Transformer, c: Config) -> torch.optim.AdamW:
-    trainable = adapter_state(model)
-    gates = [p for name, p in trainable.items() if name.endswith(("w_g", "b_g"))]
-    others = [p for name, p in trainable.items() if not name.endswith(("w_g", "b_g"))]
+    gates = gate_parameters(model)
+    others = [p for p in adapter_state(model).values() if not any(p is gate for gate in gates)]
     groups = [{"params": others, "peak": c.lr}, {"params": gates, "peak": c.gate_lr or c.lr}]
     return torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, betas=(0.9, 0.999), fused=True)
 

@@ -166,3 +166,20 @@ def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def misfits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """What is wrong with tensors from a file, in one line: those that are missing or unexpected, that have another shape
+    than expected, or hold nan or inf. "" if nothing is."""
+    wrong = [f"missing {name}" for name in expected if name not in found]
+    wrong += [f"unexpected {name}" for name in found if name not in expected]
+    wrong += [f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+              for name in expected if name in found and found[name].shape != expected[name].shape]
+    wrong += [f"{name} holds nan or inf" for name in expected
+              if name in found and not found[name].float().isfinite().all()]
+    return listed(wrong)
+
+
+def listed(wrong: list[str]) -> str:
+    """A list of what is wrong as one line: the first four, and how many more."""
+    return "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")

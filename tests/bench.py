@@ -293,11 +293,11 @@ def open_a_fifth(model, batch):
     """Gives every gate a random direction and the b_g that leaves a fifth of this batch's tokens open."""
     torch.manual_seed(0)
     for layer in gated_layers(model).values():
-        layer.w_g.data.normal_()
+        layer.gate.w_g.data.normal_()
     with torch.no_grad():  # B is zero: opening a gate changes nothing for the layers behind it
         model(batch.ids, documents=batch.documents, select=batch.select)
         for layer in gated_layers(model).values():
-            layer.b_g -= layer.gate_logit.quantile(0.8)
+            layer.gate.b_g -= layer.gate_logit.quantile(0.8)
 
 
 def parts(args):
@@ -415,8 +415,8 @@ def memory(args, method):
     of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time,
-    hira = METHODS[method][0] == "hira"
-    widest = 2 * max(layer.weight.nbytes for layer in gated_layers(model).values()) if hira else 0
+    widest = max(2 * layer.weight.nbytes if hasattr(layer.update, "product") else 0
+                 for layer in gated_layers(model).values())
     # and Python, PyTorch and the heap's gaps, as measured.
     program = 0.85 * 2**30 if args.device == "cpu" else 0
 

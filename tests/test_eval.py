@@ -13,6 +13,7 @@ import torch
 
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
+from data import pictures, results
 from data.commonsense import label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
@@ -127,8 +128,8 @@ def real_records(task, count):
         if (source / task / "test.jsonl").is_file():
             return load_records(task, "test", out=source)[:count]
     if (SHARED / task / "test.json.gz").is_file():
-        from data.prepare import _from_llm_adapters
-        return _from_llm_adapters(SHARED, task, "test")[:count]
+        from data.sources import from_llm_adapters
+        return from_llm_adapters(SHARED, task, "test")[:count]
     pytest.skip("the real tasks are not prepared: python data/prepare.py")
 
 
@@ -276,7 +277,7 @@ def test_the_program_scores_a_base_model(protocol, llama, tmp_path, capsys):
                                                         ("boolq", 0), ("boolq", 1), ("boolq", 2)]
     assert all(("text" if protocol == "generate" else "scores") in p for p in lines)
     assert json.loads((tmp_path / "scores" / "results.json").read_text()) == summary
-    values = [result[evaluation.accuracy_key(protocol)] for result in summary["tasks"].values()]
+    values = [result[results.accuracy_key(protocol)] for result in summary["tasks"].values()]
     low, high = summary["mean"]["interval"]
     assert 0 <= low <= sum(values) / 2 <= high <= 100
     printed = capsys.readouterr().out
@@ -319,7 +320,7 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
 
 def test_two_evaluations_at_once_do_not_share_a_directory(run):
     before = program("--run", run, "--tasks", "piqa")
-    with evaluation.claimed(run / "eval" / "best-cloze"), pytest.raises(UserError, match="another run is writing there"):
+    with results.claimed(run / "eval" / "best-cloze"), pytest.raises(UserError, match="another run is writing there"):
         program("--run", run, "--tasks", "boolq")
     assert json.loads((run / "eval" / "best-cloze" / "results.json").read_text()) == before
     assert set(program("--run", run, "--tasks", "boolq")["tasks"]) == {"piqa", "boolq"}
@@ -327,13 +328,13 @@ def test_two_evaluations_at_once_do_not_share_a_directory(run):
 
 def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
     program("--run", run, "--tasks", "piqa")
-    out, old = run / "eval" / "best-cloze", run / "eval" / "best-cloze" / "earlier1"
+    out = run / "eval" / "best-cloze"
     before = (out / "predictions.jsonl").read_bytes()
     shutil.rmtree(run / "best")
     save_adapter(adapted(llama, seed=5), run / "best")
     summary = program("--run", run, "--tasks", "boolq")
     assert list(summary["tasks"]) == ["boolq"] and {p["task"] for p in read_predictions(out)} == {"boolq"}
-    assert (old / "predictions.jsonl").read_bytes() == before
+    assert (out / "predictions.jsonl-1").read_bytes() == before and (out / "results.json-1").exists()
     assert "adapter_sha256 differ" in capsys.readouterr().out
     (out / "predictions.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1: not a prediction"):
@@ -419,9 +420,9 @@ def test_a_model_of_another_shape_is_named(llama, tmp_path):
 
 def test_mcnemar_and_bootstrap_by_hand():
     d = np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 90)
-    assert evaluation.mcnemar(d) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
-    assert evaluation.mcnemar(np.zeros(5)) == 1 and evaluation.mcnemar(np.array([1.0, -1.0])) == 1
-    draws = evaluation.bootstrap(d, np.random.default_rng(1))
+    assert results.mcnemar(d) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert results.mcnemar(np.zeros(5)) == 1 and results.mcnemar(np.array([1.0, -1.0])) == 1
+    draws = results.bootstrap(d, np.random.default_rng(1))
     assert draws.mean() == pytest.approx(6, abs=0.2)
     assert draws.std() == pytest.approx(100 * d.std() / 10, rel=0.05)
 
@@ -570,7 +571,7 @@ def test_gates_are_shown(gate, llama, tmp_path, capsys):
 def test_texts_in_the_page_are_harmless(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     trace = {"task": "piqa", "tokens": ["a", evil, "<!--"], "prompt": 1, "gates": torch.tensor([[0.0, 0.5, 1.0]])}
-    evaluation.write_gate_page([trace], ["blocks.0.attn.q_proj"], evil, tmp_path / "gates.html")
+    pictures.write_gate_page([trace], ["blocks.0.attn.q_proj"], evil, tmp_path / "gates.html")
     page = (tmp_path / "gates.html").read_text()
     template = (Path(evaluation.__file__).parent / "assets" / "gates.html").read_text()
     assert page.count("<") == template.count("<") and "innerHTML" not in template
@@ -622,8 +623,8 @@ def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, 
 
 def test_control_characters_do_not_reach_the_terminal():
     for colour in (False, True):
-        assert "\x1b[2J" not in evaluation.paint("a\x1b[2Jb\x07", 0.5, colour)
-    assert evaluation.paint("one\n", 0.25, False) == "one[0.25]\n"
+        assert "\x1b[2J" not in pictures.paint("a\x1b[2Jb\x07", 0.5, colour)
+    assert pictures.paint("one\n", 0.25, False) == "one[0.25]\n"
 
 
 # ------------------------------------------------------------------------------------------------- splits

@@ -24,11 +24,12 @@ import eval as evaluation
 import train
 from conftest import VOCAB, write_gpt2, write_llama
 from data import download
-from data.download import HUB_IDS, find_model, hub_id
+from data.download import find_model, hub_id
+from data.published import CONFIGS, HUB_IDS
 from data.files import UserError
 from data.hub import hub_reachable
 from gatera import load_adapter, merge_adapters
-from model import CONFIGS, Transformer, TransformerConfig, load_tokenizer, read_config
+from model import Transformer, TransformerConfig, load_tokenizer, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"

@@ -139,13 +139,10 @@ def test_gradient_checkpointing_changes_no_gradient(llama):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_generate_samples_with_a_seed_and_stops(gpt2):
+def test_generate_stops_and_refuses_what_has_no_room(gpt2):
     model = Transformer.from_pretrained(gpt2)
     prompts = [[1, 2, 3], [4]]
     greedy = model.generate(prompts, 8)
-    seeded = lambda seed, **k: model.generate(prompts, 8, temperature=1.0, generator=torch.Generator().manual_seed(seed), **k)  # noqa: E731
-    assert seeded(0) == seeded(0) != seeded(1)
-    assert seeded(3, top_k=1) == greedy
     stop = greedy[0][2]
     assert model.generate(prompts, 8, stop=stop)[0] == greedy[0][:greedy[0].index(stop)]
     with pytest.raises(ValueError, match="at least one token"):

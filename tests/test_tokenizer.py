@@ -245,9 +245,7 @@ def test_ids_that_are_no_token_are_never_generated(padded, tmp_path, capsys):
     assert never == list(range(VOCAB, VOCAB + 40))
     prompts = [tokenizer.encode(text) for text in ("the hen in", "an inn", "then")]
     assert max(i for ids in model.generate(prompts, 12) for i in ids) >= VOCAB  # or this would prove nothing
-    generator = torch.Generator().manual_seed(0)
-    for new in (model.generate(prompts, 12, never=never), model.beam_search(prompts, 12, never=never),
-                model.generate(prompts, 12, temperature=2.0, generator=generator, never=never)):
+    for new in (model.generate(prompts, 12, never=never), model.beam_search(prompts, 12, never=never)):
         assert all(len(ids) == 12 and max(ids) < VOCAB for ids in new)
     inject_adapters(model, AdapterConfig(r=2))
     save_adapter(model, tmp_path / "run" / "best")
