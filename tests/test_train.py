@@ -274,8 +274,8 @@ def test_bad_flags_are_reported_at_once(flags, messages):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--warmup", "50"), "--warmup 50 is not shorter than the run of"),
-    (("--max-len", "4096"), "longer than the base's context of 512"),
+    (("--warmup", "50"), "--warmup 50: expected less than the 5 steps of the run"),
+    (("--max-len", "4096"), "--max-len 4096: expected no more than the base's context of 512"),
     (("--validation", "500"), "--validation 500: only 8 records are held out"),
     (("--targets", "c_attn"), "no layer is named c_attn; this model has down_proj"),
     (("--r", "64"), "r 64 is larger than the smallest"),
