@@ -107,7 +107,8 @@ def times(g: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------------- gates
 # forward: x (N, in), the tokens, -> z (N, 1), of which the layer makes g = sigmoid(z). A gate that reads something else
-# than x asks for it by name, as in forward(self, x, entropy, **context), and gets it from `gate_context`.
+# than x asks for it by name, as in forward(self, x, entropy, **context), and gets it from `gate_context`. At the start,
+# z is config.gate_bias.
 
 class TokenGate(nn.Module):
     """z = w_g . x + b_g: a gate for each token (GateRA, token gate)."""
@@ -150,9 +151,10 @@ class LowRank(nn.Module):
 
     def __init__(self, W0: torch.Tensor, config: AdapterConfig):
         super().__init__()
-        self.B = parameter(W0, W0.shape[0], config.r)                               # (out, r)
-        A = torch.empty(config.r, W0.shape[1], dtype=self.B.dtype)  # on the CPU: a seed means the same A on any device
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W0.device))  # (r, in)
+        B = parameter(W0, W0.shape[0], config.r)
+        A = torch.empty(config.r, W0.shape[1], dtype=B.dtype)  # on the CPU: a seed means the same A on every device
+        A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W0.device))
+        self.A, self.B = A, B                                                       # (r, in), (out, r)
         self.scaling, self.dropout = config.scaling, config.dropout
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:

@@ -82,13 +82,11 @@ def check(raw: dict, methods: dict[str, tuple[dict, dict]]) -> str:
              if all((raw.get(name) or False) == value for name, value in fields.items())]
     kinds = dict.fromkeys(fields["peft_type"] for fields, _ in methods.values())
     wrong = [] if found else [f"peft_type {raw['peft_type']}, only {' and '.join(kinds)}"]
-    wrong += [f"{name} {raw[name]!r}" for name, fine in (
-        ("r", isinstance(raw["r"], int) and is_number(raw["r"], 1, math.inf)),
-        ("lora_alpha", is_number(raw.get("lora_alpha", 8), -math.inf, math.inf)),
-        ("target_modules", are_names(raw["target_modules"])),
-        ("exclude_modules", are_names(raw.get("exclude_modules") or [])),
-        ("layers_pattern", are_names(raw.get("layers_pattern") or [])),
-        ("layers_to_transform", are_numbers(raw.get("layers_to_transform")))) if not fine]
+    kinds_of = {"target_modules": str, "exclude_modules": str, "layers_pattern": str, "layers_to_transform": int}
+    wrong += [f"{name} {raw[name]!r}" for name, kind in kinds_of.items()
+              if not all(type(value) is kind for value in as_list(raw.get(name)))]
+    wrong += [f"r {raw['r']!r}"] if type(raw["r"]) is not int or raw["r"] < 1 else []
+    wrong += [f"lora_alpha {raw['lora_alpha']!r}"] if not is_number(raw.get("lora_alpha", 8), -1e12, 1e12) else []
     wrong += [f"{name} {raw[name]!r}, which changes the base" for name in ("init_lora_weights", "init_weights")
               if name in raw and raw[name] not in STARTS]
     wrong += [f"{name} {value!r}" for name, value in raw.items()
@@ -98,29 +96,21 @@ def check(raw: dict, methods: dict[str, tuple[dict, dict]]) -> str:
     return found[0]
 
 
-def are_names(value) -> bool:
-    """A pattern or a list of names."""
-    return isinstance(value, str) or isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def are_numbers(value) -> bool:
-    """None, the number of a layer, or a list of them."""
-    return value is None or all(isinstance(i, int) and not isinstance(i, bool)
-                                for i in (value if isinstance(value, list) else [value]))
+def as_list(value) -> list:
+    """A list, or the one value that stands for it; None is none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def target_layers(raw: dict, names: list[str]) -> list[str]:
     """Those of the named layers that an adapter_config.json adapts, by the rules of peft."""
-    wanted, numbers = raw["target_modules"], raw.get("layers_to_transform")
-    if isinstance(wanted, str) and numbers is not None:
+    wanted, numbers = raw["target_modules"] or [], as_list(raw.get("layers_to_transform"))
+    if isinstance(wanted, str) and raw.get("layers_to_transform") is not None:
         raise UserError("layers_to_transform beside a target_modules that is a pattern, which peft refuses")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = [name for name in names if name != "lm_head"]
     chosen = select(wanted, names) - select(raw.get("exclude_modules") or [], names)
-    if numbers not in (None, []):
-        numbers = numbers if isinstance(numbers, list) else [numbers]
-        patterns = raw.get("layers_pattern") or []
-        starts = [rf"(?:^|.*?\.){pattern}" for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    if numbers:
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in as_list(raw.get("layers_pattern") or None)]
         found = {}  # the number of the block that a layer is in, by the first pattern that finds one
         for start in starts or [r".*?\.[^.]*"]:
             for name, match in try_pattern(rf"{start}\.(?P<number>\d+)\.", names, "match").items():
