@@ -29,8 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.configs import check_config
 from data.download import find_config, find_model, hub_id
-from data.files import UserError, is_number, reading
+from data.files import UserError, reading
 from data.published import CONFIGS, HUB_IDS
 from data.tokenizer import load_tokenizer  # noqa: F401  (other programs take it from here)
 from data.weights import load_weights, read_fields, read_weights
@@ -60,37 +61,9 @@ class TransformerConfig:
     rope_scaling: dict | None = None # linear, or Llama 3.1's frequencies, see `inverse_frequencies`
 
     def __post_init__(self):
-        # Sizes end beyond those of any model: a damaged config must not make one that fills the memory.
-        most = dict(vocab_size=2**20, n_layer=2**10, n_head=2**12, d_model=2**20, d_ff=2**20, max_len=2**31,
-                    n_kv_head=2**12, head_dim=2**12)
-        for name, value in vars(self).items():
-            if name in most:
-                least = 0 if name in ("n_kv_head", "head_dim") else 1
-                fine = isinstance(value, int) and is_number(value, least, most[name])
-                expected = f"a positive whole number up to {most[name]}"
-            elif name in ("norm_eps", "rope_theta"):
-                least, greatest = (0, 1) if name == "norm_eps" else (1, 1e12)
-                fine, expected = is_number(value, least, greatest), f"a number from {least} to {greatest}"
-            elif name in ("attention_bias", "mlp_bias", "tied_head"):
-                fine, expected = isinstance(value, bool), "true or false"
-            else:
-                continue
-            if not fine:
-                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        check_config(vars(self))
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        if not self.head_dim:
-            raise ValueError(f"d_model is {self.d_model}, expected a channel or more for each of {self.n_head} heads")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, and rotary positions turn pairs of channels")
-        scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
-        numbers = scaling.get("factors") or list(scaling.values())
-        if not all(is_number(value, 1e-12, 1e12) for value in numbers):
-            raise ValueError(f"rope_scaling is {scaling}, expected positive numbers")
-        if "factors" in scaling and len(numbers) != self.head_dim // 2:
-            raise ValueError(f"{len(numbers)} rotation speeds, expected {self.head_dim // 2}")
 
     @classmethod
     def from_name(cls, name: str) -> "TransformerConfig":

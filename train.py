@@ -1,11 +1,11 @@
 """Trains gated adapters on the commonsense tasks: one plain loop.
 
-    python train.py --preset quickstart                # minutes on a laptop's CPU
-    python train.py --init gpt2-medium --peft gatera   # the paper's recipe, one GPU
+    python train.py --preset quickstart               # minutes on a laptop
+    python train.py --init gpt2-medium --peft gatera  # the paper's recipe
     python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
 
-    python train.py --resume out/quickstart            # a stopped run goes on
-    torchrun --nproc_per_node=4 -- train.py --init gpt2-medium  # four processes
+    python train.py --resume out/quickstart           # a stopped run goes on
+    torchrun --nproc_per_node=4 -- train.py --init gpt2-medium   # 4 processes
 
 A run directory holds config.json (everything needed to repeat the run),
 metrics.jsonl (a line for each logged step), the adapters best/ (lowest
@@ -149,7 +149,7 @@ def check(c: Config) -> list[str]:
     unknown = [task for task in tasks if task not in TASKS]
     rules = [
         (c.peft != "gatera" or c.gate == "token",
-         f"--peft gatera is hira with the token gate; for --gate {c.gate} use --peft hira"),
+         f"--gate {c.gate}: expected token with --peft gatera, which is hira with that gate; or use --peft hira"),
         (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
         (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
         (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
@@ -159,7 +159,7 @@ def check(c: Config) -> list[str]:
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
         (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them"),
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
-        (not c.fsdp or "RANK" in os.environ, "--fsdp: start it by torchrun --nproc_per_node=N -- train.py"),
+        (not c.fsdp or "RANK" in os.environ, "--fsdp: expected a start by torchrun --nproc_per_node=N -- train.py"),
     ]
     least = {1: ("batch", "epochs", "eval_every", "log_every", "save_every"),
              0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
@@ -202,7 +202,7 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
                         "training sets (a tenth, at most 200 a task); expected no more")
     if repeated := count_repeated(training):
         print(f"{repeated:,} records occur more than once in the training data")
-    # They are drawn with a seed of their own: runs with different seeds are validated on the same records.
+    # They are drawn with the same seed always: runs with different seeds are validated on the same records.
     chosen = random.Random(0).sample(range(len(held_out)), c.validation)
     return training, [held_out[i] for i in sorted(chosen)], test
 
@@ -253,25 +253,21 @@ def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
 # -------------------------------------------------------------------------- the model, and what trains it
 
 def load_inputs(c: Config, team: "Team"):
-    """The tokenizer and the records, as `load_data` returns them; base, data and settings are checked for each other
-    before the weights and the data are downloaded."""
+    """(tokenizer, number of steps, *load_data(c)). A base that the settings do not fit is refused before the data and
+    its weights are downloaded."""
     with team.first_alone():  # It downloads what is not there yet.
         tokenizer = load_tokenizer(c.init)
         if tokenizer.eos is None:
             raise UserError(f"{c.init}: its tokenizer names no end-of-text token, with which answers have to end")
         context = read_config(c.init).max_len
         if c.max_len > context:
-            raise UserError(f"--max-len {c.max_len} is longer than the base's context of {context}")
+            raise UserError(f"--max-len {c.max_len}: expected no more than the base's context of {context}")
         training, validation, test = load_data(c)
+        steps = c.max_steps or c.epochs * math.ceil(len(training) / c.batch)
+        if c.warmup >= steps:
+            raise UserError(f"--warmup {c.warmup}: expected less than the {steps} steps of the run")
         find_model(c.init, weights=True)
-    return tokenizer, training, validation, test
-
-
-def count_steps(n_records: int, c: Config) -> int:
-    steps = c.max_steps or c.epochs * math.ceil(n_records / c.batch)
-    if c.warmup >= steps:
-        raise UserError(f"--warmup {c.warmup} is not shorter than the run of {steps} steps")
-    return steps
+    return tokenizer, steps, training, validation, test
 
 
 def load_model(c: Config, dtype: torch.dtype, team: "Team") -> Transformer:
@@ -306,16 +302,21 @@ def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: to
     """What config.json holds: all that is needed to repeat the run."""
     n_trainable = sum(p.numel() for p in adapter_state(model).values())
     n_base = sum(p.numel() for p in model.parameters()) - n_trainable
-    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {team.device.type}, "
-          f"{str(dtype).removeprefix('torch.')}" + (f"; {team.size} processes" if team.size > 1 else ""))
-    print(f"{len(records[0]):,} training and {len(records[1])} validation records of {', '.join(task_names(c.tasks))}, "
-          f"{c.form} form; loss on the answer alone; {steps} steps of {c.batch}; writing to {c.out}")
     return {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable,
             "data_sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(), "processes": team.size,
             "device": str(team.device), "dtype": str(dtype), "torch": torch.__version__,
             "python": platform.python_version()}
+
+
+def introduce(c: Config, facts: dict, n_training: int, n_validation: int) -> None:
+    n_base, n_trainable = facts["base_parameters"], facts["trainable_parameters"]
+    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
+          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
+          f"{facts['dtype'].removeprefix('torch.')}"
+          + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
+    print(f"{n_training:,} training and {n_validation} validation records of {', '.join(task_names(c.tasks))}, "
+          f"{c.form} form; loss on the answer alone; {facts['steps']} steps of {c.batch}; writing to {c.out}")
 
 
 def save(run: Run, step: int, info: dict, model, optimizer, scaler) -> None:
@@ -333,8 +334,8 @@ def restore(tensors: dict[str, torch.Tensor], info: dict, steps: int, c: Config,
     """Puts back what `save` took. The run may have got another number of steps meanwhile, which is told."""
     for name, p in adapter_state(model).items():
         p.copy_(tensors[name])
-        optimizer.state[p] = {key: tensors[f"{name}.{key}"].to(p.device, copy=True)
-                              for key in ("step", "exp_avg", "exp_avg_sq")}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device, copy=True)
     scaler.load_state_dict(info["scaler"])
     if info["steps"] != steps:
         now, before = (c.lr * learning_rate(info["step"], n, c) for n in (steps, info["steps"]))
@@ -345,10 +346,9 @@ def restore(tensors: dict[str, torch.Tensor], info: dict, steps: int, c: Config,
 # ------------------------------------------------------------------------------------------------ the loop
 
 def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signals) -> dict:
-    """One run, from the records to best/ and last/; `main` calls it. Alone, this process is a team of one."""
+    """One run, from the records to best/ and last/. Where one process trains alone, it is a team of one."""
     started = time.time()
-    tokenizer, train_records, validation_records, test_records = load_inputs(c, team)
-    steps = count_steps(len(train_records), c)
+    tokenizer, steps, train_records, validation_records, test_records = load_inputs(c, team)
     encode = partial(training_question, form=c.form, tokenizer=tokenizer, max_len=c.max_len)
     validation = [encode(record) for record in validation_records]
     model = load_model(c, dtype, team)
@@ -356,6 +356,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     autocast = torch.autocast(team.device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)  # idle in the other dtypes
     facts = run_facts(c, steps, [train_records, validation_records], model, dtype, team)
+    introduce(c, facts, len(train_records), len(validation))
     tensors, saved = run.begin(facts, resume=bool(c.resume))
     if saved:
         restore(tensors, saved, steps, c, model, optimizer, scaler)
@@ -373,7 +374,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
             group["lr"] = group["peak"] * learning_rate(step, steps, c)
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is split into rows. L_task is over
-        # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to leave out.
+        # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to skip.
         loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far, which are logged apart
         for row, weight in batch.rows:
             row = row.to(team.device)

@@ -20,8 +20,8 @@ def flag(name: str) -> str:
 def read_flags(settings: type, argv: list[str], description: str, choices: dict = {}) -> tuple[dict, list[str]]:
     """({field: value} of the flags that are given, what is wrong with them, one text each).
 
-    settings: a dataclass. Each field is a flag; its type is that of the value, where a list takes several words, and the
-    comment that ends its line is its --help. choices: {field: the values that it may have}."""
+    settings: a dataclass. Each field is a flag; its type is that of the value, where a list takes several words, and
+    the comment that ends its line is its --help. choices: {field: the values that it may have}."""
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,14 +139,14 @@ def device_problems(name: str) -> list[str]:
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Where to run, and the dtype of the frozen base: float32 on CPUs, whose bfloat16 is slow, bfloat16 on GPUs that
     compute in it, float16 on older ones."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    old = where.type == "cuda" and torch.cuda.get_device_capability(where)[0] < 8
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if dtype == "auto":
-        dtype = "float32" if where.type == "cpu" else "float16" if old else "bfloat16"
-    if dtype == "bfloat16" and old:
-        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
-                        "float32")
-    return where, getattr(torch, dtype)
+        dtype = "float32" if device.type == "cpu" else "float16" if is_old else "bfloat16"
+    if dtype == "bfloat16" and is_old:
+        raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not compute in it; use float16 "
+                        "or float32")
+    return device, getattr(torch, dtype)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -36,7 +36,7 @@ LONGEST = 30_000  # characters of a record: six times the tasks' longest; no mod
 # (task, split): {SHA-256 of the file: how it differs from what the papers trained and tested on}. A single digest
 # without a note: the index gives the records of LLM-Adapters' files, in the same order, and so should the hub, which
 # holds what those were made from. HellaSwag's train set with its tags (the hub's) has not been hashed yet.
-NO_PASSAGES = ", but LLM-Adapters' files leave out BoolQ's passages"
+NO_PASSAGES = ", but LLM-Adapters' files lack BoolQ's passages"
 NO_TAGS = ", but the index's WikiHow texts lack tags such as [title] and [step]"
 NO_DEBIASED = (", but the papers' have 63,238: the index has no winogrande_debiased, 9,248 records of which 92 "
                "are not among these")
