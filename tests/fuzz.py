@@ -24,7 +24,6 @@ if __name__ == "__main__":  # run as a script
 from conftest import write_gguf, write_gpt2, write_llama  # noqa: E402
 
 from data.commonsense import FORMS, scoring_questions, training_question  # noqa: E402
-from data.cli import Flags  # noqa: E402
 from data.files import UserError  # noqa: E402
 from data.prepare import load_records, prepare  # noqa: E402
 from gatera import AdapterConfig, adapter_state, export_peft, inject_adapters, load_adapter, save_adapter  # noqa: E402
