@@ -38,15 +38,15 @@ from tqdm import tqdm
 
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
-from data.files import UserError, checksum, json_lines, read_json, unwritable, write_json
-from data.pictures import (by_phase, colour_legend, draw_gates, draw_training, layer_and_projection, paint, read_metrics,
-                           write_gate_page)
+from data.files import UserError, checksum, json_lines, unwritable, write_json
+from data.pictures import (by_phase, colour_legend, draw_gates, draw_training, layer_and_projection, paint,
+                           read_metrics, write_gate_page)
 from data.prepare import DEFAULT, TASKS, load_records, task_names
-from data.results import accuracy_key, compare, continued, correct, results_name, runs_of
+from data.results import accuracy_key, compare, continued, correct, find_run, results_name, runs_of
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
-                    merge_adapters, set_skip_closed)
+                    merge_adapters)
 from model import Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
@@ -54,6 +54,19 @@ NEW_TOKENS = 32  # of a generated answer
 
 
 # ----------------------------------------------------------------------------------------------- scoring
+
+def in_rows(sizes: list[int], row_tokens: int) -> list[list[int]]:
+    """Indices into `sizes`, in rows of about `row_tokens` tokens together. The longest come first: what is computed
+    together is padded to the longest, so those of like length belong together."""
+    rows, room = [], 0  # how many tokens still fit into the last row
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        if sizes[i] > room:
+            rows.append([])
+            room = row_tokens
+        rows[-1].append(i)
+        room -= sizes[i]
+    return rows
+
 
 @torch.no_grad()
 def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: int = 1024) -> list[list[float]]:
@@ -63,17 +76,8 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
     scores do not depend on how.
     """
     sizes = [len(question.prompt) + sum(map(len, question.answers)) for question in questions]
-    rows, room = [], 0  # the numbers of each row's questions; how many tokens still fit into the last row
-    # The longest come first: attention pads a row's answers to the longest, so those of like length belong together.
-    for i in sorted(range(len(questions)), key=sizes.__getitem__, reverse=True):
-        if sizes[i] > room:
-            rows.append([])
-            room = row_tokens
-        rows[-1].append(i)
-        room -= sizes[i]
-
     scores = [None] * len(questions)
-    for row in rows:
+    for row in in_rows(sizes, row_tokens):
         batch = pack([questions[i] for i in row]).to(model.embed.weight.device)
         logits = model(batch.ids, documents=batch.documents, select=batch.select)        # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))             # sums want more than bf16
@@ -127,15 +131,12 @@ def generate_answers(model, tokenizer, records: list[dict], max_len: int, beams:
     """generate: an answer to each record's instruction, and the index of the label in it, or None."""
     room = prompt_room(model, max_len)
     questions = [scoring_questions(record, "label", tokenizer, room)[0] for record in records]
-    order = sorted(range(len(records)), key=lambda i: len(questions[i].prompt), reverse=True)
-    texts, start, unused = {}, 0, tokenizer.unused(model.config.vocab_size)
+    texts, unused = {}, tokenizer.unused(model.config.vocab_size)
     with cached_products(model):
-        while start < len(order):
-            count = max(1, row_tokens // len(questions[order[start]].prompt))  # of prompts about as long
-            part = order[start:start + count]
-            new = model.beam_search([questions[i].prompt for i in part], NEW_TOKENS, tokenizer.eos, beams, unused)
-            texts |= zip(part, map(tokenizer.decode, new))
-            start += count
+        for row in in_rows([len(question.prompt) for question in questions], row_tokens):
+            prompts = [questions[i].prompt for i in row]
+            new = model.beam_search(prompts, NEW_TOKENS, tokenizer.eos, beams, unused)
+            texts |= zip(row, map(tokenizer.decode, new))
     return [{"text": texts[i], "prediction": parse_answer(record["task"], texts[i]), "cut": questions[i].cut > 0}
             for i, record in enumerate(records)]
 
@@ -277,16 +278,14 @@ def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) 
     return traces
 
 
-def means_by(keys: list, values: list[float]) -> dict:
-    """{key: the mean of its values}."""
-    return {key: float(np.mean([value for other, value in zip(keys, values) if other == key]))
-            for key in dict.fromkeys(keys)}
-
-
 def gate_numbers(traces: list[dict], names: list[str]) -> dict:
     """What the gates do, in numbers: for each phase the mean gate over all, by projection and by layer, the shares near
     closed and near open, the mean entropy in bits (at most 1), and the share of the variance that is between the tokens
     of a gate: 0 where gates tell layers apart alone, as static ones do."""
+    def means_by(keys: list, values: list[float]) -> dict:
+        return {key: float(np.mean([value for other, value in zip(keys, values) if other == key]))
+                for key in dict.fromkeys(keys)}
+
     layers, projections = zip(*layer_and_projection(names))
     numbers = {"questions": len(traces), "cut": sum(trace["cut"] > 0 for trace in traces)}
     for phase, g in by_phase(traces).items():
@@ -434,30 +433,6 @@ def task_problems(names: str) -> list[str]:
     return unknown + [f"--tasks: {task} is named twice" for task, times in Counter(tasks).items() if times > 1]
 
 
-def find_run(c: Settings) -> tuple[Path, dict]:
-    """(The directory of the adapter, the run's config.json) of --run."""
-    run = Path(c.run)
-    if not run.is_dir():
-        raise UserError(f"{run}: no such directory")
-    # --run may also name one of a run's adapters
-    file = next((file for file in (run / "config.json", run.parent / "config.json") if file.exists()), None)
-    facts = read_json(file) if file else {}
-    settings, kinds = facts.get("config", {}), {"init": str, "tasks": str, "form": str, "max_len": int}
-    if not (isinstance(settings, dict)
-            and all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items())):
-        raise UserError(f"{file}: not the config.json of a run")
-    for adapter in (run / c.adapter, run):
-        if (adapter / "adapter.safetensors").exists() or (adapter / "adapter_config.json").exists():  # the latter: peft's
-            break
-    else:
-        last = "; last/ is there, of a run that has not ended: add --adapter last"
-        raise UserError(f"{run}: no adapter there; looked for {run / c.adapter}/adapter.safetensors"
-                        + (last if (run / "last" / "adapter.safetensors").exists() else ""))
-    if not (c.init or settings.get("init")):
-        raise UserError(f"{run}: no config.json that names the base model; pass --init")
-    return adapter, facts
-
-
 def compare_runs(c: Settings) -> dict:
     """eval.py --compare: one table, printed, returned and kept in compare.json, with a picture of the runs' losses."""
     out = Path(c.out or "out/compare")
@@ -512,9 +487,7 @@ def main(argv: list[str] | None = None) -> dict:
     # The start of each weight tells one base from another, at no cost.
     base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
     if adapter is not None:
-        load_adapter(model, adapter)
-        if c.skip_closed is not None:
-            set_skip_closed(model, c.skip_closed)
+        load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))
 
     # What is to be done with it
     if c.export:

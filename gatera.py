@@ -4,18 +4,14 @@
     inject_adapters(model, AdapterConfig(method="hira", gate="token", r=32))
 
 A pretrained model, the base, stays frozen. What trains is an adapter: beside each of some linear layers of the base an
-update Delta, and a gate g that decides how much of it a token gets. One formula covers every method here. For a base
-layer y = W0 x + b, W0 (out, in), and the input x_t (in,) of token t:
+update Delta, and a gate g that decides how much of it a token gets. One formula covers every method here. For a layer
+y = W0 x + b of the base, W0 (out, in), and the input x_t (in,) of token t:
 
-    y_t = W0 x_t + b + g(x_t) * Delta(x_t)              (GateRA, token gate)
+    y_t = W0 x_t + b + g(x_t) * Delta(x_t)               g(x) = sigmoid(w_g . x + b_g)       (GateRA, token gate)
 
-    LoRA  (arXiv 2106.09685)             Delta(x) = s B A x                     s = alpha / r
-    DoRA  (arXiv 2402.09353)             Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x,   n = row norms of W0 + s B A
-    HiRA  (ICLR 2025)                    Delta(x) = (W0 ⊙ B A) x                ⊙ is elementwise, the Hadamard product
-
-    gate "none"    g = 1                            the published, ungated method
-    gate "token"   g(x) = sigmoid(w_g . x + b_g)    one scalar for each token in each adapted layer
-    gate "static"  g = sigmoid(b_g)                 the paper's ablation: one scalar for each adapted layer
+    LoRA  (arXiv 2106.09685)     Delta(x) = s B A x                                     s = alpha / r
+    DoRA  (arXiv 2402.09353)     Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x          n = row norms of W0 + s B A
+    HiRA  (ICLR 2025)            Delta(x) = (W0 ⊙ B A) x                                ⊙ is elementwise (Hadamard)
 
 A (r, in) starts random and B (out, r) at zero: B A, which has the shape of W0 but only rank r, is zero then. m (out,),
 the row norms that DoRA learns, starts at n. So Delta starts at exactly 0 and the model at exactly its base. A closed
@@ -23,39 +19,39 @@ gate, g = 0, leaves a token to the base; an open one, g = 1, gives it all of the
 
 GateRA as the paper evaluates it is HiRA with the token gate, trained on L_task + lambda * L_ent: the task's loss, and
 the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
+
+Below: the gates, the updates, the layer that joins them, adapters in a whole model, and on disk. A new gate is one class
+and one entry of GATES, a new update one class and one entry of METHODS.
 """
-import json
 import math
-import re
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.autograd.function import once_differentiable
 
-from data.files import UserError, is_number, read_json, read_tensors, reading, write_atomically, write_tensors
-from data.weights import hugging_face_name
+from data.adapters import fill, read_adapter, write_adapter
+from data.files import UserError, is_number
+from data.peft_format import ends_in, transformers_names, write_peft
+from data.weights import llama_name
 from model import Recomputing
-
-METHODS, GATES = ("lora", "dora", "hira"), ("none", "token", "static")
 
 
 @dataclass
 class AdapterConfig:
-    method: str = "hira"           # lora, dora or hira
-    gate: str = "token"            # none, token or static
+    method: str = "hira"           # one of METHODS
+    gate: str = "token"            # one of GATES
     r: int = 32                    # rank of B A
     alpha: float | None = None     # LoRA's and DoRA's scaling numerator; None: 2 r. HiRA has none
-    rslora: bool = False           # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
     dropout: float = 0.0           # on the input of Delta
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # names of layers; the paper's
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # ends of layers' names; the paper's
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
-    skip_closed: float = 0.0       # HiRA: a gate up to this counts as closed, its token skips Delta; 0: none does
+    skip_closed: float = 0.0       # a gate up to this counts as closed, its token skips Delta; 0: none does
 
     def __post_init__(self):
         if isinstance(self.targets, str):
@@ -63,133 +59,155 @@ class AdapterConfig:
         self.targets = tuple(self.targets)
         below_one = math.nextafter(1, 0)
         wrong = [f"{name} {getattr(self, name)!r}; expected {expected}" for name, fine, expected in (
-            ("method", self.method in METHODS, "one of " + ", ".join(METHODS)),
-            ("gate", self.gate in GATES, "one of " + ", ".join(GATES)),
+            ("method", self.method in list(METHODS), "one of " + ", ".join(METHODS)),
+            ("gate", self.gate in list(GATES), "one of " + ", ".join(GATES)),
             ("r", isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),
             ("alpha", self.alpha is None or is_number(self.alpha, 1e-12, 1e12), "a positive number"),
-            ("rslora", isinstance(self.rslora, bool), "true or false"),
             ("gate_bias", is_number(self.gate_bias, -1e6, 1e6), "a finite number up to 1e6"),
             ("dropout", is_number(self.dropout, 0, below_one), "a number from 0 up to, not including, 1"),
             ("skip_closed", is_number(self.skip_closed, 0, below_one), "a number from 0 up to, not including, 1"),
-            ("skip_closed", self.skip_closed == 0 or (self.method, self.gate) == ("hira", "token"),
-             "0, but for hira with a token gate: elsewhere there is nothing to save"),
             ("targets", self.targets and all(isinstance(name, str) and name for name in self.targets),
              "at least one layer name, and no empty one"),
         ) if not fine]
+        if not wrong and self.skip_closed:
+            if not hasattr(METHODS[self.method], "skip_closed") or not hasattr(GATES[self.gate], "per_token"):
+                wrong.append(f"skip_closed {self.skip_closed}: {self.method} with gate {self.gate} has nothing to skip")
         if wrong:
             raise UserError("adapter: " + "; ".join(wrong))
 
     @property
     def scaling(self) -> float:
         """s of LoRA and DoRA."""
-        alpha = 2 * self.r if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return (2 * self.r if self.alpha is None else self.alpha) / self.r
 
 
-# ------------------------------------------------------------------------------------------ the adapted layer
+# The base computes in the dtype of x, which may be bfloat16 or float16. What trains is kept in float32 or better, as its
+# updates are too small for bfloat16's 8 bits, and joins each product in the dtype of x. These four see to that.
 
-class GatedLinear(nn.Module):
-    """A frozen nn.Linear with an adapter, gated or not; `weight` and `bias` keep their names in the state dict.
+def parameter(W0: torch.Tensor, *shape: int, value: float = 0.0) -> nn.Parameter:
+    """A parameter for the layer of the frozen weight W0."""
+    return nn.Parameter(W0.new_full(shape, value, dtype=torch.promote_types(W0.dtype, torch.float32)))
 
-    forward: x (..., in) -> (..., out). `gate_logit` (..., 1) keeps z of the gate g = sigmoid(z) from the last forward,
-    in float32 after a product in x's dtype, for the entropy term and for looking at; None without a gate.
-    """
 
-    def __init__(self, linear: nn.Linear, config: AdapterConfig):
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of torch.autocast, where that is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    """W x + b for each token: x (N, in), W (out, in), b (out,) -> (N, out)."""
+    return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+
+def times(g: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """g * x for each token: g (N, 1), x (N, out) -> (N, out). Without a gate, which is None, x."""
+    return x if g is None else x * g.to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- gates
+# forward: x (N, in), the tokens, -> z (N, 1), of which the layer makes g = sigmoid(z). A gate that reads something else
+# than x asks for it by name, as in forward(self, x, entropy, **context), and gets it from `gate_context`.
+
+class TokenGate(nn.Module):
+    """z = w_g . x + b_g: a gate for each token (GateRA, token gate)."""
+
+    per_token = True  # closed ones can be skipped
+
+    def __init__(self, W0: torch.Tensor, config: AdapterConfig):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.method, self.gate, self.scaling, self.dropout = config.method, config.gate, config.scaling, config.dropout
-        self.skip_closed = config.skip_closed
-        out_features, in_features = self.weight.shape
-        # Adapters stay in float32 (or better) beside a bf16 base: their updates are too small for bf16's 8 bits.
-        device, dtype = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
-        # drawn on the CPU, so that a seed means the same adapter on every device
-        A = nn.init.kaiming_uniform_(torch.empty(config.r, in_features, dtype=dtype), a=math.sqrt(5))
-        self.A = nn.Parameter(A.to(device))
-        self.B = nn.Parameter(torch.zeros(out_features, config.r, dtype=dtype, device=device))
-        if self.method == "dora":
-            squared = self.weight.detach().to(dtype).square().sum(1)                             # (out,)
-            self.register_buffer("weight_norm_squared", squared, persistent=False)
-            self.m = nn.Parameter(squared.sqrt())                # (out,) n itself while B = 0, so that m/n is exactly 1
-        if self.gate == "token":
-            self.w_g = nn.Parameter(torch.zeros(in_features, dtype=dtype, device=device))
-        if self.gate != "none":
-            self.b_g = nn.Parameter(torch.full((1,), config.gate_bias, dtype=dtype, device=device))
-        self.gate_logit = None
-        self.enabled = True          # see adapters_off
-        self.dense = None            # see cached_products
-        self.train(linear.training)  # or dropout would be at work in a model in eval mode
+        self.w_g = parameter(W0, W0.shape[1])                                       # (in,)
+        self.b_g = parameter(W0, 1, value=config.gate_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])                   # (N, in), N tokens
-        W0 = self.weight.to(x.dtype)
-        y = F.linear(x, W0, None if self.bias is None else self.bias.to(x.dtype))          # W0 x + b: (N, out)
-        if not self.enabled:
-            self.gate_logit = None
-            return y.view(*leading, -1)
+    def forward(self, x: torch.Tensor, **context) -> torch.Tensor:
+        return linear(x, self.w_g[None]) + self.b_g                                 # (N, 1), float32 as b_g is
 
-        # z = w_g . x + b_g,   g = sigmoid(z)                                   (GateRA, token gate)
-        g = None
-        if self.gate == "token":
-            z = F.linear(x, self.w_g[None].to(x.dtype)).to(self.b_g.dtype) + self.b_g      # (N, 1)
-        elif self.gate == "static":
-            z = self.b_g.repeat(len(x), 1)
-        if self.gate != "none":
-            g = torch.sigmoid(z)
-            if not Recomputing.now:  # the first forward's is the one that the loss has seen
-                self.gate_logit = z.view(*leading, 1)
 
-        dropping = self.training and self.dropout > 0
-        x_in = F.dropout(x, self.dropout) if dropping else x                    # read by Delta alone: the gate reads x
-        if self.method == "hira":  # Delta(x) = (W0 ⊙ B A) x
-            if g is None or self.skip_closed == 0:
-                return (y + self.hira(x_in, W0, g)).view(*leading, -1)
-            # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of
-            # the output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem below.
-            opened = (g > self.skip_closed).flatten().nonzero().flatten()       # (open tokens,)
-            return y.index_add_(0, opened, self.hira(x_in[opened], W0, g[opened])).view(*leading, -1)
+class StaticGate(nn.Module):
+    """z = b_g: one gate for all tokens, the paper's ablation."""
 
-        # LoRA: Delta(x) = s B A x. The gate scales r numbers before B, not many after it.
-        low, B = self.scaling * F.linear(x_in, self.A.to(x.dtype)), self.B      # (N, r), (out, r)
-        low = low if g is None else low * g.to(x.dtype)
-        if self.method == "dora":  # Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x, and m/n goes into B
-            ratio = self.m / self.row_norm()                                    # (out,)
-            B = ratio[:, None] * B
-            if dropping:
-                W0x = F.linear(x_in, W0)
-            else:  # y has it already
-                W0x = y if self.bias is None else y - self.bias.to(x.dtype)
-            y = torch.addcmul(y, W0x if g is None else W0x * g.to(x.dtype), (ratio - 1).to(x.dtype))
-        return y.addmm(low, B.to(x.dtype).t()).view(*leading, -1)
+    def __init__(self, W0: torch.Tensor, config: AdapterConfig):
+        super().__init__()
+        self.b_g = parameter(W0, 1, value=config.gate_bias)
 
-    def hira(self, x: torch.Tensor, W0: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
-        """g * (W0 ⊙ B A) x, (N, in) -> (N, out), by the dense product that `cached_products` keeps if there is one."""
-        if self.dense is None or torch.is_grad_enabled():
-            return GatedHadamard.apply(x, W0, self.A, self.B, g)
-        delta = x @ self.dense.t()
-        return delta if g is None else delta.mul_(g.to(x.dtype))
+    def forward(self, x: torch.Tensor, **context) -> torch.Tensor:
+        return self.b_g.repeat(len(x), 1)                                           # (N, 1)
+
+
+GATES = {"none": None, "token": TokenGate, "static": StaticGate}
+
+
+# ------------------------------------------------------------------------------------------------------- updates
+# forward: x (N, in), g (N, 1) or None without a gate -> g * Delta(x) (N, out). Of the base, an update may ask for W0
+# (out, in), b (out,) or None, and y = W0 x + b (N, out). Only where a class has them count:
+#   merged        the weight that does what base and open update do together, as one weight for all tokens
+#   PEFT          fields of adapter_config.json by which peft knows the method, and its names of our parameters
+#   skip_closed   a gate up to this counts as closed, and Delta is not made for its token
+#   product       the dense matrix of Delta, which `cached_products` keeps in `dense`
+
+class LowRank(nn.Module):
+    """What the updates here are made of: A, random, and B, zero at the start."""
+
+    def __init__(self, W0: torch.Tensor, config: AdapterConfig):
+        super().__init__()
+        self.B = parameter(W0, W0.shape[0], config.r)                               # (out, r)
+        A = torch.empty(config.r, W0.shape[1], dtype=self.B.dtype)  # on the CPU: a seed means the same A on any device
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W0.device))  # (r, in)
+        self.scaling, self.dropout = config.scaling, config.dropout
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """x with dropout, for Delta alone: base and gate read x."""
+        return F.dropout(x, self.dropout, self.training)
+
+
+class LoRA(LowRank):
+    """Delta(x) = s B A x (arXiv 2106.09685)."""
+
+    PEFT = {"peft_type": "LORA", "use_dora": False}, {"A": "lora_A.weight", "B": "lora_B.weight"}
+
+    def forward(self, x: torch.Tensor, g: torch.Tensor | None, **base) -> torch.Tensor:
+        low = times(g, self.scaling * linear(self.drop(x), self.A))                 # (N, r), fewer numbers than (N, out)
+        return linear(low, self.B)
+
+    def merged(self, W0: torch.Tensor) -> torch.Tensor:
+        return W0 + self.scaling * (self.B @ self.A)                                # (out, in)
+
+
+class DoRA(LoRA):
+    """Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x, n = row norms of W0 + s B A (arXiv 2402.09353)."""
+
+    PEFT = LoRA.PEFT[0] | {"use_dora": True}, LoRA.PEFT[1] | {"m": "lora_magnitude_vector"}
+
+    def __init__(self, W0: torch.Tensor, config: AdapterConfig):
+        super().__init__(W0, config)
+        squared = W0.detach().to(self.B.dtype).square().sum(1)                      # (out,)
+        self.register_buffer("weight_norm_squared", squared, persistent=False)
+        self.m = nn.Parameter(squared.sqrt())       # (out,), n itself while B = 0, so that m/n is exactly 1
+
+    def forward(self, x: torch.Tensor, g: torch.Tensor | None, W0, b, y) -> torch.Tensor:
+        dropped, ratio = self.drop(x), self.m / self.row_norm(W0)                   # m/n: (out,)
+        low = times(g, self.scaling * linear(dropped, self.A))                      # (N, r)
+        if dropped is not x:
+            W0x = linear(dropped, W0)                                               # (N, out)
+        else:
+            W0x = y if b is None else y - b.to(x.dtype)
+        return torch.addcmul(linear(low, ratio[:, None] * self.B), times(g, W0x), (ratio - 1).to(x.dtype))
 
     @torch.no_grad()  # DoRA, section 4.3: the norm is a constant for the gradient
-    def row_norm(self) -> torch.Tensor:
+    def row_norm(self, W0: torch.Tensor) -> torch.Tensor:
         """n = row norms (out,) of W0 + s B A, without making that matrix:
         n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
         A, B, s = self.A, self.B, self.scaling
         with torch.autocast(A.device.type, enabled=False):  # in float32: m/n is 1 but for a few parts in a thousand
-            cross = (self.weight.to(A.dtype) @ A.t() * B).sum(1)
-            return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.t()) * B).sum(1)).sqrt()
+            cross = (W0.to(A.dtype) @ A.T * B).sum(1)                               # (out,)
+            return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.T) * B).sum(1)).sqrt()
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if name not in ("weight", "bias")}
+    def merged(self, W0: torch.Tensor) -> torch.Tensor:
+        return (self.m / self.row_norm(W0))[:, None] * super().merged(W0)           # (out, in)
 
-
-# -------------------------------------------------------------------------------- HiRA, with its own backward
 
 class GatedHadamard(torch.autograd.Function):
-    """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out.
-
-    x (N, in), W0 (out, in), A (r, in), B (out, r), g (N, 1) or None for g = 1. Returns (N, out).
+    """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out. g None: 1.
 
     Autograd would keep the dense product W0 ⊙ B A of every layer until the backward: a second copy of the model.
     Making it again costs r / N of a product with W0, so only the inputs are kept. With dy_t = dL/dy_t, the gradient
@@ -206,32 +224,98 @@ class GatedHadamard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W0, A, B, g):
         ctx.save_for_backward(x, W0, A, B, g)
-        # float16 has no numbers below 6e-8, where W0 ⊙ B A starts: lifted by a power of two, which costs no precision
-        lift = ctx.lift = 64 if x.dtype == torch.float16 else 1
-        dense = ((B * lift).to(x.dtype) @ A.to(x.dtype)).mul_(W0)       # (out, in)
-        y = x @ dense.t()                                               # (N, out)
-        if g is not None:
-            y = y.mul_(g.to(x.dtype))
+        W0, A, B, lift = GatedHadamard.prepare(x, W0, A, B)
+        y = times(g, x @ (B @ A).mul_(W0).T)                                        # (N, out)
         return y if lift == 1 else y.div_(lift)
 
     @staticmethod
-    @once_differentiable                                                # no second derivatives
-    def backward(ctx, dy):                                              # in place only on what is ours: not on dy
+    @once_differentiable                                                            # no second derivatives
+    def backward(ctx, dy):
         x, W0, A, B, g = ctx.saved_tensors
-        A_x, B_x = A.to(x.dtype), (B * ctx.lift).to(x.dtype)            # in x's dtype, B lifted, as in the forward
-        u = dy @ (B_x @ A_x).mul_(W0)                                   # (N, in)
-        if ctx.lift != 1:
-            u = u.div_(ctx.lift)
-        dg = None
-        if g is not None:
-            dg = (x * u).sum(-1, keepdim=True, dtype=g.dtype)           # (N, 1)
-            u, dy = u.mul_(g.to(x.dtype)), dy * g.to(x.dtype)
-        dBA = (dy.t() @ x).mul_(W0)                                     # (out, in)
-        dA, dB = B_x.t() @ dBA, dBA @ A_x.t()                           # (r, in), (out, r)
-        return u, None, dA.to(A.dtype) / ctx.lift, dB.to(B.dtype), dg   # u is dx by now; W0 is frozen
+        W0, A, B, lift = GatedHadamard.prepare(x, W0, A, B)
+        u = dy @ (B @ A).mul_(W0)                                                   # (N, in)
+        u = u if lift == 1 else u.div_(lift)
+        dg = None if g is None else (x * u).sum(-1, keepdim=True, dtype=g.dtype)    # (N, 1)
+        dx, dy = times(g, u), times(g, dy)                                          # (N, in), (N, out)
+        dBA = (dy.T @ x).mul_(W0)                                                   # (out, in)
+        dA, dB = B.T @ dBA, dBA @ A.T                                               # (r, in), (out, r)
+        return dx, None, dA if lift == 1 else dA.float() / lift, dB, dg             # none for W0, which is frozen
+
+    @staticmethod
+    def prepare(x, W0, A, B):
+        """W0, A and B in the dtype of x, and the lift: float16 has no numbers below 6e-8, where W0 ⊙ B A starts, so
+        there B is lifted by a power of two, which costs no precision, and what B made is divided by it."""
+        lift = 64 if x.dtype == torch.float16 else 1
+        return W0.to(x.dtype), A.to(x.dtype), (B if lift == 1 else B * lift).to(x.dtype), lift
 
 
-# ---------------------------------------------------------------------------------------- adapters in a model
+class HiRA(LowRank):
+    """Delta(x) = (W0 ⊙ B A) x (ICLR 2025): each entry of W0 scaled, which may have full rank; no factor s."""
+
+    PEFT = {"peft_type": "HIRA"}, {"A": "hira_A", "B": "hira_B"}
+    skip_closed, dense = 0.0, None
+
+    def __init__(self, W0: torch.Tensor, config: AdapterConfig):
+        super().__init__(W0, config)
+        self.skip_closed = config.skip_closed
+
+    def forward(self, x: torch.Tensor, g: torch.Tensor | None, W0, **base) -> torch.Tensor:
+        x = self.drop(x)
+        if self.skip_closed == 0:
+            return self.delta(x, g, W0)
+        # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of the
+        # output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
+        opened = (g > self.skip_closed).flatten().nonzero().flatten()               # (open tokens,)
+        return x.new_zeros(len(x), len(W0)).index_copy_(0, opened, self.delta(x[opened], g[opened], W0))
+
+    def delta(self, x: torch.Tensor, g: torch.Tensor | None, W0: torch.Tensor) -> torch.Tensor:
+        if self.dense is None or torch.is_grad_enabled():
+            return GatedHadamard.apply(x, W0, self.A, self.B, g)                    # (N, out)
+        return times(g, linear(x, self.dense))
+
+    def product(self, W0: torch.Tensor) -> torch.Tensor:
+        return W0 * (self.B @ self.A).to(W0.dtype)                                  # W0 ⊙ B A: (out, in)
+
+    def merged(self, W0: torch.Tensor) -> torch.Tensor:
+        return W0 + self.product(W0)                                                # W0 ⊙ (1 + B A): (out, in)
+
+
+METHODS = {"lora": LoRA, "dora": DoRA, "hira": HiRA}
+
+
+# ------------------------------------------------------------------------------------------------------ the layer
+
+class GatedLinear(nn.Module):
+    """A frozen nn.Linear with an update, gated or not; `weight` and `bias` keep their names in the state dict.
+
+    `gate_logit` (..., 1) keeps z of the last forward for the entropy term and for looking at; None without a gate.
+    """
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.update = METHODS[config.method](self.weight, config)
+        self.gate = None if GATES[config.gate] is None else GATES[config.gate](self.weight, config)
+        self.gate_logit = None
+        self.enabled = True        # see adapters_off
+        self.context = {}          # see gate_context
+        self.train(base.training)  # or dropout would be at work in a model in eval mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:                             # (..., in) -> (..., out)
+        leading, x = x.shape[:-1], autocast(x).reshape(-1, x.shape[-1])             # (N, in): N tokens
+        y = linear(x, self.weight, self.bias)                                       # W0 x + b: (N, out)
+        z = g = None
+        if self.enabled:
+            if self.gate is not None:
+                z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
+                g = torch.sigmoid(z)
+            y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
+        if not Recomputing.now:  # the first forward's is the one that the loss has seen
+            self.gate_logit = None if z is None else z.view(*leading, 1)
+        return y.view(*leading, -1)
+
+
+# ----------------------------------------------------------------------------------------------- in a whole model
 
 def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Freezes `model` and replaces each targeted nn.Linear by a GatedLinear around the same weight, in place.
@@ -239,32 +323,24 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     Returns the names of the adapted layers. Raises UserError for a target that names no layer, a rank larger than the
     smaller side of a matrix, and a model that has adapters. Order: load the base, inject, load an adapter, compile.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    leaves = {name.rpartition(".")[2] for name in linears}
-    if any(isinstance(module, GatedLinear) for module in model.modules()):
+    if gated_layers(model):
         raise UserError("the model already has adapters; merge them or load the base again")
-    if unknown := [target for target in config.targets if target not in leaves]:
-        raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(sorted(leaves))}")
-    chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in config.targets}
-    smallest = min(min(linear.weight.shape) for linear in chosen.values())
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {target: {name for name in linears if ends_in(llama_name(name), llama_name(target))}
+             for target in config.targets}
+    if unknown := [target for target, names in found.items() if not names]:
+        leaves = sorted({name.rpartition(".")[2] for name in linears})
+        raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(leaves)}")
+    wanted = set().union(*found.values())
+    chosen = [name for name in linears if name in wanted]
+    smallest = min(min(linears[name].weight.shape) for name in chosen)
     if config.r > smallest:
         raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
     model.requires_grad_(False)
-    for name, linear in chosen.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, GatedLinear(linear, config))
+    for name in chosen:
+        model.set_submodule(name, GatedLinear(linears[name], config))
     model.adapter_config = config
-    return list(chosen)
-
-
-def remove_adapters(model: nn.Module) -> None:
-    """Puts an nn.Linear with the present weight back in the place of each adapted layer."""
-    for name, layer in gated_layers(model).items():
-        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
-    model.adapter_config = None
+    return chosen
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
@@ -276,23 +352,13 @@ def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
 def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
     """{name: parameter} of everything that trains, and nothing else."""
     return {f"{name}.{leaf}": p for name, layer in gated_layers(model).items()
-            for leaf, p in layer.adapter_parameters().items()}
+            for leaf, p in layer.named_parameters() if leaf not in ("weight", "bias")}
 
 
-@contextmanager
-def adapters_off(model: nn.Module):
-    """The base model, for as long as the `with` lasts."""
-    layers = gated_layers(model).values()
-    try:
-        for layer in layers:
-            layer.enabled = False
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the gates, which may want a learning rate of their own."""
+    return [p for layer in gated_layers(model).values() if layer.gate is not None for p in layer.gate.parameters()]
 
-
-# -------------------------------------------------------------------------------------------------- the gates
 
 def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Tensor:
     """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the N gates of the last forward, one for each
@@ -305,10 +371,8 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
     if not logits:
         return torch.zeros((), device=next(model.parameters()).device)
-    z = torch.cat(logits, dim=-1)                                               # (B, T, gates)
-    if mask is not None:
-        z = z[mask]
-    a = z.abs()
+    z = torch.cat(logits, dim=-1)                                                   # (B, T, gates)
+    a = z.abs() if mask is None else z[mask].abs()
     return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
 
 
@@ -318,261 +382,125 @@ def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
             for name, layer in gated_layers(model).items() if layer.gate_logit is not None}
 
 
-# --------------------------------------------------------------------------------------------- after training
-
-def set_skip_closed(model: nn.Module, threshold: float) -> None:
-    """AdapterConfig.skip_closed for adapters that are there already, to try what a trained one loses by skipping.
-    Raises UserError where that saves nothing, or for a threshold out of range."""
-    model.adapter_config = replace(model.adapter_config, skip_closed=threshold)
-    for layer in gated_layers(model).values():
-        layer.skip_closed = threshold
-
-
 @contextmanager
-def cached_products(model: nn.Module):
-    """Keeps HiRA's W0 ⊙ B A of every layer for as long as the `with` lasts: for decoding, where one token's product
-    with it is r times cheaper than making it. Costs the memory of the adapted weights once more; not for training."""
-    layers = [layer for layer in gated_layers(model).values() if layer.method == "hira"]
+def having(modules, name: str, values):
+    """Each module has another value in its attribute `name`, for as long as the `with` lasts."""
+    before = [getattr(module, name) for module in modules]
     try:
-        with torch.no_grad():
-            for layer in layers:
-                layer.dense = layer.weight * (layer.B @ layer.A).to(layer.weight.dtype)     # (out, in)
+        for module, value in zip(modules, values):
+            setattr(module, name, value)
         yield
     finally:
-        for layer in layers:
-            layer.dense = None
+        for module, value in zip(modules, before):
+            setattr(module, name, value)
+
+
+def adapters_off(model: nn.Module):
+    """`with adapters_off(model):` it is the base model."""
+    return having(gated_layers(model).values(), "enabled", repeat(False))
+
+
+def gate_context(model: nn.Module, **context):
+    """`with gate_context(model, entropy=entropy):` gates can read, beside x, the entropy of each token, or whatever they
+    ask for. With checkpointing, the backward belongs into the `with` too: it runs the gates once more."""
+    return having(gated_layers(model).values(), "context", repeat(context))
+
+
+@torch.no_grad()
+def cached_products(model: nn.Module):
+    """`with cached_products(model):` the dense products W0 ⊙ B A, for updates that make one, are kept. For decoding, where
+    a token's product with one is r times cheaper than making it, and not for training. Costs a copy of the weights."""
+    layers = [layer for layer in gated_layers(model).values() if hasattr(layer.update, "product")]
+    products = [layer.update.product(layer.weight) for layer in layers]
+    return having([layer.update for layer in layers], "dense", products)
 
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
     """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
 
-    LoRA: W0 + s B A.   DoRA: (m/n) * (W0 + s B A).   HiRA: W0 ⊙ (1 + B A).
-    Load the base in float32 for it: bfloat16 rounds 1 + B A to 1 where B A is below 0.004, and a warning says how much
-    of an update got lost. Raises UserError for a gated adapter: its weight would be another one for every token.
+    Load the base in float32 for it: bfloat16 rounds HiRA's 1 + B A to 1 where B A is below 0.004, and a warning says how
+    much of an update got lost. UserError where the weight would be another one for every token, as with a gate.
     """
-    for name, layer in gated_layers(model).items():
-        if layer.gate != "none":
+    layers, worst = gated_layers(model), 0.0        # the largest share of a layer's update that was rounded off
+    for name, layer in layers.items():
+        if layer.gate is not None:
             raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
-    worst = 0.0                                     # the largest share of a layer's update that was rounded off
-    for layer in gated_layers(model).values():
-        W0, BA = layer.weight.to(layer.A.dtype), layer.B @ layer.A               # (out, in)
-        W = W0 + (W0 * BA if layer.method == "hira" else layer.scaling * BA)
-        if layer.method == "dora":
-            W = W * (layer.m / layer.row_norm())[:, None]
-        merged = W.to(layer.weight.dtype)
-        worst = max(worst, ((merged - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
-        layer.weight = nn.Parameter(merged, requires_grad=False)
+        if not hasattr(layer.update, "merged"):
+            raise UserError(f"{model.adapter_config.method} cannot be merged: it is not one weight for all tokens")
+    for layer in layers.values():
+        W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))  # (out, in)
+        W = layer.update.merged(W0)
+        rounded = W.to(layer.weight.dtype)
+        worst = max(worst, ((rounded - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
+        layer.weight = nn.Parameter(rounded, requires_grad=False)
     remove_adapters(model)
     if worst > 0.05:
-        warnings.warn(f"merging into {merged.dtype} rounded off up to {100 * min(worst, 1):.0f} % of a layer's update; "
+        warnings.warn(f"merging into {rounded.dtype} rounded off up to {100 * min(worst, 1):.0f} % of a layer's update; "
                       "load the base in float32")
 
 
-# ------------------------------------------------------------------------------------------- to disk and back
+def remove_adapters(model: nn.Module) -> None:
+    """Puts an nn.Linear with the present weight back in the place of each adapted layer."""
+    for name, layer in gated_layers(model).items():
+        base = nn.Linear(*layer.weight.shape[::-1], bias=layer.bias is not None, device="meta")
+        base.weight, base.bias = layer.weight, layer.bias
+        model.set_submodule(name, base)
+    model.adapter_config = None
+
+
+# ------------------------------------------------------------------------------------------------------ on disk
 
 def save_adapter(model: nn.Module, directory) -> None:
     """Writes adapter.safetensors (the adapter's tensors alone) and adapter.json (its AdapterConfig)."""
-    tensors = adapter_state(model)
-    if not tensors:
+    if not gated_layers(model):
         raise UserError("the model has no adapter to save")
-    config = json.dumps(asdict(model.adapter_config), indent=2) + "\n"
-    write_tensors(Path(directory) / "adapter.safetensors", tensors, config)  # there too, where its checksum covers it
-    write_atomically(Path(directory) / "adapter.json", lambda path: path.write_text(config))
+    write_adapter(Path(directory), asdict(model.adapter_config), adapter_state(model))
 
 
-def load_adapter(model: nn.Module, directory) -> AdapterConfig:
+def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
     """Injects the adapter that `save_adapter`, `export_peft` or peft itself wrote to `directory` into a base model, or
-    overwrites the values of an adapter already there. Strict: UserError names missing, surplus and misshapen tensors,
-    broken files and settings of peft that no AdapterConfig expresses."""
-    file = Path(directory) / "adapter.safetensors"
-    if (Path(directory) / "adapter_config.json").exists() and not file.exists():
-        file = Path(directory) / "adapter_model.safetensors"
-        with reading(Path(directory)):
-            config, tensors = read_peft(model, file)
-    else:
-        config, (tensors, info) = read_adapter_config(directory), read_tensors(file, with_info=True)
-        if info and AdapterConfig(**json.loads(info)) != config:
-            raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited "
-                            "or damaged, copy it again")
+    overwrites the values of an adapter already there. A Llama of transformers takes one of ours, and the other way round.
+
+    changes: settings that shall be others than were saved, as skip_closed=0.1. Strict: UserError names missing, surplus
+    and misshapen tensors, broken files, and settings of peft that no AdapterConfig expresses. A base model that refuses
+    an adapter stays as it was.
+    """
+    peft = {name: method.PEFT for name, method in METHODS.items() if hasattr(method, "PEFT")}
+    file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft, changes)
     fresh = not gated_layers(model)
-    if fresh:
-        try:
-            inject_adapters(model, config)
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from None
-    elif model.adapter_config != config:
+    if not fresh and model.adapter_config != config:
         raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
-    own = adapter_state(model)
-    wrong = [f"missing {name}" for name in own if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in own]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-              for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    wrong += [f"{name} holds nan or inf" for name in own
-              if name in tensors and not tensors[name].float().isfinite().all()]
-    if wrong:
+    try:
         if fresh:
-            remove_adapters(model)  # leave the base as it was
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{file}: does not fit this base model: {'; '.join(wrong[:4])}{more}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+            inject_adapters(model, config)
+        fill(adapter_state(model), tensors)
+    except UserError as error:
+        if fresh:
+            remove_adapters(model)
+        raise UserError(f"{file}: {error}") from None
     return config
-
-
-def read_adapter_config(directory) -> AdapterConfig:
-    """The AdapterConfig in adapter.json; UserError if it is not there or not one."""
-    file = Path(directory) / "adapter.json"
-    if not file.exists():
-        raise UserError(f"{file}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
-                        "that peft wrote")
-    raw = read_json(file)
-    if unknown := set(raw) - {field.name for field in fields(AdapterConfig)}:
-        raise UserError(f"{file}: unknown fields {', '.join(sorted(unknown))}")
-    with reading(file):
-        return AdapterConfig(**raw)
-
-
-# ----------------------------------------------------------------------------------------------- peft's files
-#
-# peft names layers as transformers does, whose GPT-2 has q, k and v in one layer, c_attn: one adapter, our three.
-# Three of rank r are exactly one of rank 3r, in blocks; m, one number for each output, is stacked like B:
-#
-#    BA = [ B_q  0   0  ] [ A_q ]
-#         [  0  B_k  0  ] [ A_k ]        Every layer then gets rank 3r, the others filled up with zeros, as not every
-#         [  0   0  B_v ] [ A_v ]        version of peft heeds its `rank_pattern` (for HiRA, 0.21 does not).
-#
-# The other way round, one that peft trained on c_attn is three that share A: B_q A, B_k A and B_v A.
-
-PEFT_KEYS = {"lora": {"A": "lora_A.weight", "B": "lora_B.weight"}, "hira": {"A": "hira_A", "B": "hira_B"},
-             "dora": {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}}
-# Fields of adapter_config.json that we follow, or that do not change what the adapter computes. All others have to be
-# off, so that whatever peft invents is refused by name instead of overlooked.
-PEFT_FIELDS = set("""peft_type task_type peft_version auto_mapping base_model_name_or_path revision inference_mode
-    r lora_alpha lora_dropout hira_dropout use_rslora use_dora target_modules exclude_modules fan_in_fan_out
-    init_lora_weights init_weights layers_pattern megatron_core qalora_group_size""".split())
-
-
-def peft_layers(model: nn.Module) -> dict[str, list[str]]:
-    """{transformers' name of a linear layer: our names}, three (q, k, v) for GPT-2's c_attn, else one."""
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, GatedLinear)):
-            name = name.removeprefix("_orig_mod.")
-            layers.setdefault(hugging_face_name(name, model.config), []).append(name)
-    return layers
 
 
 def export_peft(model: nn.Module, directory) -> None:
     """Writes an ungated adapter as adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained.
 
-    Raises UserError for a gated adapter: peft would drop the gate without a word, and compute something else."""
-    adapted = gated_layers(model)
-    if not adapted:
+    UserError for a gated adapter, as peft would drop the gate without a word, and for a method that peft does not have."""
+    layers = gated_layers(model)
+    if not layers:
         raise UserError("the model has no adapter to export")
-    config, keys = model.adapter_config, PEFT_KEYS[model.adapter_config.method]
+    config, method = model.adapter_config, METHODS[model.adapter_config.method]
     if config.gate != "none":
         raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently")
-    layers = {theirs: names for theirs, names in peft_layers(model).items() if any(name in adapted for name in names)}
-    rank = config.r * max(map(len, layers.values()))
-    tensors = {}
-    for theirs, names in layers.items():
-        parts = [peft_part(model.get_submodule(name), config) for name in names]
-        A, B = torch.cat([part["A"] for part in parts]), torch.block_diag(*(part["B"] for part in parts))
-        fill = rank - len(A)
-        state = {"A": F.pad(A, (0, 0, 0, fill)), "B": F.pad(B, (0, fill))}          # (rank, in), (out, rank)
-        if config.method == "dora":
-            state["m"] = torch.cat([part["m"] for part in parts])                   # (out,)
-        tensors |= {f"base_model.model.{theirs}.{keys[leaf]}": tensor.detach().cpu().contiguous()
-                    for leaf, tensor in state.items()}
-    # the name of a layer, or two of them where attention and MLP share one: attn.c_proj, mlp.c_proj
-    targets = {".".join(theirs.split(".")[-2 if theirs.endswith("c_proj") else -1:]) for theirs in layers}
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-           "base_model_name_or_path": getattr(model, "name_or_path", None), "r": rank,
-           "target_modules": sorted(targets),
-           "fan_in_fan_out": model.config.positions == "learned"}                   # GPT-2's Conv1D keeps (in, out)
-    if config.method == "hira":
-        raw |= {"peft_type": "HIRA", "hira_dropout": config.dropout}
-    else:
-        raw |= {"lora_alpha": config.scaling * (math.sqrt(rank) if config.rslora else rank),
-                "lora_dropout": config.dropout, "use_rslora": config.rslora, "use_dora": config.method == "dora",
-                "bias": "none"}
-    directory, text = Path(directory), json.dumps(raw, indent=2) + "\n"
-    write_atomically(directory / "adapter_model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    write_atomically(directory / "adapter_config.json", lambda path: path.write_text(text))
+    if not hasattr(method, "PEFT"):
+        raise UserError(f"{config.method} cannot be exported: peft has no such method")
+    adapter = {name: dict(layer.update.named_parameters()) for name, layer in layers.items()}
+    weights = {name: model.get_submodule(name).weight for names in peft_layers(model).values() for name in names}
+    write_peft(Path(directory), adapter, peft_layers(model), weights, method.PEFT, config.r, config.scaling,
+               config.dropout, getattr(model, "name_or_path", None))
 
 
-def peft_part(layer: nn.Module, config: AdapterConfig) -> dict[str, torch.Tensor]:
-    """A, B and m of a layer; for one without an adapter in a c_attn with one, those that change nothing: A = B = 0."""
-    if isinstance(layer, GatedLinear):
-        return layer.adapter_parameters()
-    W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))    # (out, in)
-    return {"A": W0.new_zeros(config.r, W0.shape[1]), "B": W0.new_zeros(W0.shape[0], config.r), "m": W0.norm(dim=1)}
-
-
-def read_peft(model: nn.Module, file: Path) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """The AdapterConfig and the tensors, by our names, that peft or `export_peft` wrote. UserError names the file and
-    what no AdapterConfig expresses, what is missing and what is surplus."""
-    where = file.with_name("adapter_config.json")
-    raw = read_json(where)
-    if missing := [name for name in ("peft_type", "r", "target_modules") if name not in raw]:
-        raise UserError(f"{where}: not an adapter's configuration; no {' and no '.join(missing)}")
-    kind, r, wanted = raw["peft_type"], raw["r"], raw["target_modules"]
-    init = raw.get("init_lora_weights", True)
-    wrong = [f"peft_type {kind}, only LORA and HIRA"] if kind not in ("LORA", "HIRA") else []
-    wrong += [f"r {r!r}"] if not isinstance(r, int) or r < 1 else []
-    wrong += [f"init_lora_weights {init!r}, which changes the base"] if init not in (True, False, "gaussian") else []
-    wrong += [f"{name} {value!r}" for name, value in raw.items()
-              if name not in PEFT_FIELDS and value not in (None, False, "none", [], {})]
-    if wrong:
-        raise UserError(f"{where}: not supported: {'; '.join(wrong)}")
-    method = "hira" if kind == "HIRA" else "dora" if raw.get("use_dora") else "lora"
-    matches = lambda theirs: (re.fullmatch(wanted, theirs) if isinstance(wanted, str)  # noqa: E731
-                              else any(f".{theirs}".endswith(f".{target}") for target in wanted or ()))
-    layers = {theirs: names for theirs, names in peft_layers(model).items() if matches(theirs)}
-    if not layers:
-        raise UserError(f"{where}: target_modules {wanted!r} are no layers of this base model; it has "
-                        f"{', '.join(sorted({theirs.split('.')[-1] for theirs in peft_layers(model)}))}")
-
-    found, parts = read_tensors(file), {}
-    for theirs in layers:
-        keys = {leaf: f"base_model.model.{theirs}.{key}" for leaf, key in PEFT_KEYS[method].items()}
-        if missing := [key for key in keys.values() if key not in found]:
-            raise UserError(f"{file}: missing {', '.join(missing)}")
-        part = parts[theirs] = {leaf: found.pop(key) for leaf, key in keys.items()}
-        if part["A"].shape[:1] != (r,) or part["B"].shape[1:] != (r,):
-            raise UserError(f"{file}: {theirs} has A {tuple(part['A'].shape)} and B {tuple(part['B'].shape)}, expected "
-                            f"(r, in) and (out, r) with r = {r}")
-    if found:
-        raise UserError(f"{file}: unexpected {', '.join(sorted(found)[:4])}{' and more' if len(found) > 4 else ''}")
-
-    # In blocks, as above, where nothing but the blocks holds anything? Then each of our layers takes its own block, of
-    # rank r / 3; else they share A.
-    fused = max(map(len, layers.values()))                                          # 3 with a c_attn, else 1
-
-    def block(theirs: str, i: int) -> tuple[torch.Tensor, torch.Tensor]:            # (r / 3, in), (out, r / 3)
-        ranks = slice(i * r // fused, (i + 1) * r // fused)
-        return parts[theirs]["A"][ranks], parts[theirs]["B"].chunk(len(layers[theirs]))[i][:, ranks]
-
-    nonzero = lambda A, B: int(A.count_nonzero() + B.count_nonzero())  # noqa: E731
-    in_blocks = fused > 1 and r % fused == 0 and any(part["B"].any() for part in parts.values()) and all(
-        nonzero(parts[theirs]["A"], parts[theirs]["B"]) == sum(nonzero(*block(theirs, i)) for i in range(len(names)))
-        for theirs, names in layers.items())
-    tensors = {}
-    for theirs, names in layers.items():
-        for i, name in enumerate(names):
-            part = parts[theirs]
-            A, B = block(theirs, i) if in_blocks else (part["A"], part["B"].chunk(len(names))[i])
-            tensors |= {f"{name}.A": A, f"{name}.B": B}
-            if method == "dora":
-                tensors[f"{name}.m"] = part["m"].chunk(len(names))[i]
-    # A q, k or v that is zero in every layer was no target of the export. (With DoRA it becomes one: m is not zero.)
-    targets = dict.fromkeys(name.split(".")[-2] for name, tensor in tensors.items() if tensor.any())
-    tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[-2] in targets}
-    own_r, root = r // fused if in_blocks else r, math.sqrt if raw.get("use_rslora") else float
-    with reading(where):
-        config = AdapterConfig(method, "none", own_r, rslora=bool(raw.get("use_rslora")), targets=targets,
-                               alpha=None if method == "hira" else raw.get("lora_alpha", 8) / root(r) * root(own_r),
-                               dropout=raw.get("hira_dropout" if method == "hira" else "lora_dropout", 0.0))
-    return config, tensors
+def peft_layers(model: nn.Module) -> dict[str, list[str]]:
+    """{transformers' name of a linear layer, adapted or not: our names}."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GatedLinear))]
+    return transformers_names([name.removeprefix("_orig_mod.") for name in names], getattr(model, "config", None))

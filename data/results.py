@@ -1,8 +1,7 @@
 """Predictions on disk, and whether two runs differ.
 
 An evaluation is a directory: predictions.jsonl has a line for each question, and results.json the configuration, a
-digest of each task's records, and the accuracies. This file goes on with one that was interrupted, finds those that
-are to be compared, and compares them by question.
+digest of each task's records, and the accuracies.
 """
 import contextlib
 import json
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import UserError, claim, json_lines, read_json, write_atomically, write_json
+from data.files import UserError, claim, json_lines, move_aside, read_json, write_atomically, write_json
 
 
 def accuracy_key(protocol: str) -> str:
@@ -66,13 +65,8 @@ def earlier_predictions(out: Path, summary: dict) -> dict[str, dict[int, dict]]:
     if not differ:
         summary |= {name: old[name] | summary[name] for name in ("data", "tasks")}
         return read_predictions(out)
-    number = 1
-    while (aside := out / f"earlier{number}").exists():
-        number += 1
-    aside.mkdir()
-    for name in ("predictions.jsonl", "results.json"):  # in this order, a kill in between loses nothing
-        if (out / name).exists():
-            (out / name).rename(aside / name)
+    files = [out / name for name in ("predictions.jsonl", "results.json")]  # in this order, a kill loses nothing
+    aside = " and ".join(str(move_aside(file)) for file in files if file.exists())
     print(f"{out} held another evaluation ({', '.join(differ)} differ), which is now in {aside}")
     return {}
 
@@ -92,7 +86,30 @@ def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
     return found
 
 
-# -------------------------------------------------------------------------------- which runs are compared
+# ---------------------------------------------------------------------------------- finding runs and results
+
+def find_run(c) -> tuple[Path, dict]:
+    """(The directory of the adapter, the run's config.json) of --run, which may also name one of a run's adapters.
+    c: the flags of eval.py."""
+    run = Path(c.run)
+    if not run.is_dir():
+        raise UserError(f"{run}: no such directory")
+    file = next((file for file in (run / "config.json", run.parent / "config.json") if file.exists()), None)
+    facts = read_json(file) if file else {}
+    settings, kinds = facts.get("config", {}), {"init": str, "tasks": str, "form": str, "max_len": int}
+    if not (isinstance(settings, dict)
+            and all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items())):
+        raise UserError(f"{file}: not the config.json of a run")
+    files = "adapter.safetensors", "adapter_config.json"  # ours, peft's
+    found = [directory for directory in (run / c.adapter, run) if any((directory / name).exists() for name in files)]
+    if not found:
+        last = "; last/ is there, of a run that has not ended: add --adapter last"
+        raise UserError(f"{run}: no adapter there; looked for {run / c.adapter}/adapter.safetensors"
+                        + (last if (run / "last" / "adapter.safetensors").exists() else ""))
+    if not (c.init or settings.get("init")):
+        raise UserError(f"{run}: no config.json that names the base model; pass --init")
+    return found[0], facts
+
 
 def results_name(adapter: str, protocol: str, c) -> str:
     """The name of a directory of results: those of each adapter, protocol, split and limit stand side by side.
@@ -121,18 +138,16 @@ def find_results(run: str, c) -> Path:
     if (chosen / "predictions.jsonl").exists():
         return chosen
     there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
-    advice = "first: "
-    if there:
-        advice = (f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as "
-                  f"{run}/eval/NAME; or evaluate it first: ")
-    raise UserError(f"{run}: no results called {chosen.name} there; {advice}python eval.py --run {run}"
+    advice = f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
+             f"{run}/eval/NAME; or evaluate it " if there else ""
+    raise UserError(f"{run}: no results called {chosen.name} there; {advice}first: python eval.py --run {run}"
                     + (f" --limit {c.limit}" if c.limit else ""))
 
 
 class Results(NamedTuple):
-    """An evaluated run."""
-    summary: dict                 # its results.json
-    hits: dict[str, list[float]]  # {task: 1.0 for each question that it gets right, 0.0 for the others}
+    """An evaluated run: its results.json, and {task: 1.0 for each question that it gets right, 0.0 for the others}."""
+    summary: dict
+    hits: dict[str, list[float]]
 
 
 def load_results(run: str, c) -> Results:
@@ -261,7 +276,8 @@ def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str
     """The rows of `compare` in Markdown, a line for each method; n: questions of each task. Differences are those of
     the mean, or of the one task that --tasks names."""
     tasks = rows if len(n) > 1 else n
-    table = [["", *(f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks), "minus [1]", "95 % interval", "p"]]
+    counts = [f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks]
+    table = [["", *counts, "minus [1]", "95 % interval", "p"]]
     for i, cell in enumerate(rows["mean"]):
         line = [f"[{i + 1}]"]
         for task in tasks:

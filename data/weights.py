@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.download import find_model
-from data.files import UserError, read_json, reading
+from data.files import UserError, listed, read_json, reading
 from data.gguf import GGUF, split_block
 from data.hub import shards
 from data.tokenizer import write_gguf_tokenizer
@@ -174,8 +174,7 @@ def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.de
             setattr(module, leaf, nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False))
     wrong += [f"missing {name}" for name in sorted(missing)]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{source}: the weights do not fit the config: {'; '.join(wrong[:4])}{more}")
+        raise UserError(f"{source}: the weights do not fit the config: {listed(wrong)}")
     if model.config.tied_head:
         own = model.head.weight
         model.config.tied_head = own.is_meta or torch.equal(own, model.embed.weight)
@@ -197,6 +196,14 @@ def hugging_face_name(name: str, config) -> str:
     names = [(ours, theirs) for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items()]
     names += [(f"attn.{part}_proj", "attn.c_attn") for part in "qkv" if gpt2]
     return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
+
+
+def llama_name(name: str) -> str:
+    """Our name of a layer of a Llama, or the end of one -> transformers'; all other names stay."""
+    name = f".{name}."
+    for ours, theirs in ((".blocks.", ".model.layers."), (".attn.", ".self_attn."), (".head.", ".lm_head.")):
+        name = name.replace(ours, theirs)
+    return name[1:-1]
 
 
 def hugging_face_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@
     python tests/bench.py --device cuda --model llama-3-8b,gpt2-medium --form label --batch 16,64 [--compile]
     python tests/bench.py --what growth                        # our step against tokens, rank and model size
     python tests/bench.py --what parts                         # the gate, skipping, scoring, decoding, starting
+    python tests/bench.py --what memory --device cuda --model llama-3-8b --method gatera   # beforehand, from the config
 
 Both sides train on the same records in the same batches, with the same weights, rank, targets and AdamW; each is a
 process of its own, and they take turns, batch by batch. peft's side is the ordinary way: AutoModelForCausalLM,
@@ -19,6 +20,8 @@ without a gate could do with 3, by one product with W0 ⊙ (1 + B A): in float32
 """
 import argparse
 import contextlib
+import dataclasses
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -31,15 +34,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
+from data.cli import peak_memory, run_command  # noqa: E402
 from data.commonsense import pack, scoring_questions, to_text, training_question  # noqa: E402
 from data.prepare import TASKS, load_records  # noqa: E402
 from eval import log_likelihoods  # noqa: E402
 from gatera import (AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products,  # noqa: E402
                     gate_entropy, gated_layers, inject_adapters)
 from data.weights import hugging_face_state  # noqa: E402
-from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, load_tokenizer  # noqa: E402
-from train import peak_memory  # noqa: E402
+from model import CONFIGS, Transformer, TransformerConfig, compile_blocks, load_tokenizer, read_config  # noqa: E402
 
 METHODS = {"lora": ("lora", "none"), "dora": ("dora", "none"), "hira": ("hira", "none"), "gatera": ("hira", "token"),
            "lora+gate": ("lora", "token"), "dora+gate": ("dora", "token")}
@@ -148,10 +152,6 @@ def their_side(args, method):
 
 # ----------------------------------------------------------------------------------------------- the floor
 
-def config_of(args) -> TransformerConfig:
-    return TransformerConfig.from_name(args.model) if args.model in CONFIGS else load_base(args).config
-
-
 def real_tokens(questions) -> int:
     return sum(len(q.prompt) + len(q.answers[0]) - 1 for q in questions)
 
@@ -159,7 +159,7 @@ def real_tokens(questions) -> int:
 def needed_operations(args, method, work) -> float:
     """Floating-point operations of one pass over `work`: products with weights and with A and B; no attention."""
     with torch.device("meta"):
-        model = Transformer(config_of(args))
+        model = Transformer(read_config(args.model))
         inject_adapters(model, AdapterConfig(*METHODS[method], r=args.r))
     hira = METHODS[method][0] == "hira"
     tokens = sum(map(real_tokens, work))
@@ -182,7 +182,7 @@ def synchronize(args):
 
 def matrix_rate(args, questions) -> float:
     """Operations a second of x @ W.T, with the MLP's W and the tokens of a batch."""
-    config = config_of(args)
+    config = read_config(args.model)
     x = torch.randn(real_tokens(questions), config.d_model, device=args.device, dtype=args.dtype)
     W = torch.randn(config.d_ff, config.d_model, device=args.device, dtype=args.dtype)
     rates = []
@@ -293,11 +293,11 @@ def open_a_fifth(model, batch):
     """Gives every gate a random direction and the b_g that leaves a fifth of this batch's tokens open."""
     torch.manual_seed(0)
     for layer in gated_layers(model).values():
-        layer.w_g.data.normal_()
+        layer.gate.w_g.data.normal_()
     with torch.no_grad():  # B is zero: opening a gate changes nothing for the layers behind it
         model(batch.ids, documents=batch.documents, select=batch.select)
         for layer in gated_layers(model).values():
-            layer.b_g -= layer.gate_logit.quantile(0.8)
+            layer.gate.b_g -= layer.gate_logit.quantile(0.8)
 
 
 def parts(args):
@@ -367,9 +367,82 @@ def starting(args):
             run.kill()
 
 
-if __name__ == "__main__":
+# ------------------------------------------------------------------------------------ the memory, beforehand
+
+ANSWER_TOKENS = 10  # about as many as an answer has, in either form
+
+
+def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len: int, dtype: torch.dtype) -> int:
+    """Bytes that the forward of one record of max_len tokens keeps for its backward. They are counted in a real forward
+    of fake tensors, which have shapes and no memory."""
+    storages = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # held on to, so that no other storage gets its number
+        return tensor
+
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        model = Transformer(config)
+        for module in model.modules():  # fake tensors know no model.to(dtype)
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
+        inject_adapters(model, adapter)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            row = torch.arange(max_len)[None]
+            logits = model(row, select=row[0, -ANSWER_TOKENS:])
+            F.cross_entropy(logits.float(), row[0, -ANSWER_TOKENS:]) + gate_entropy(model)
+        return sum(storage.nbytes() for number, storage in storages.items() if number not in weights)
+
+
+def memory(args, method):
+    """The memory that train.py needs, from the configuration alone: a table for 1 to 8 processes, with and without
+    --fsdp and --checkpointing, for records that all have args.max_len tokens."""
+    config, adapter = read_config(args.model), AdapterConfig(*METHODS[method], r=args.r)
+    with torch.device("meta"):
+        model = Transformer(config).to(args.dtype)
+        inject_adapters(model, adapter)
+    trainable, frozen = adapter_state(model).values(), [p for p in model.parameters() if not p.requires_grad]
+    # In bytes: the weights,
+    base = sum(p.nbytes for p in frozen)
+    block = sum(p.nbytes for p in model.blocks[0].parameters() if not p.requires_grad)
+    ends = base - config.n_layer * block              # what is before and after the blocks
+    training = 4 * sum(p.nbytes for p in trainable)   # values, gradients and AdamW's two moments
+    # what a record's forward keeps,
+    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), adapter, args.max_len, args.dtype)
+                for n in (1, 2))
+    of_block, of_ends = two - one, 2 * one - two
+    of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
+    # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time,
+    widest = max(2 * layer.weight.nbytes if hasattr(layer.update, "product") else 0
+                 for layer in gated_layers(model).values())
+    # and Python, PyTorch and the heap's gaps, as measured.
+    program = 0.85 * 2**30 if args.device == "cpu" else 0
+
+    def peak(n: int, checkpointing: bool, fsdp: bool) -> float:
+        inputs = args.max_len * config.d_model * args.dtype.itemsize  # of a block: all that checkpointing keeps
+        activations = of_block + config.n_layer * inputs if checkpointing else config.n_layer * of_block
+        weights = (base / n + ends + 2 * block) if fsdp else base     # of a block, and of the next one
+        records = math.ceil(args.batch / n)
+        return (program + weights + training + widest + records * (activations + of_ends)) / 2**30
+
+    print(f"{args.model}: {sum(p.numel() for p in frozen):,} frozen parameters, {base / 2**30:.2f} GiB in "
+          f"{str(args.dtype).removeprefix('torch.')}; {method}, r {args.r}: {sum(p.numel() for p in trainable):,} "
+          f"trainable, {training / 2**30:.2f} GiB with AdamW; a token's activations "
+          f"{(config.n_layer * of_block + of_ends) / args.max_len / 2**20:.2f} MiB\n"
+          f"GiB of a process with {args.batch} / N records at a time of {args.max_len} tokens each:\n"
+          f"{'N':>10} {'plain':>10} {'--checkpointing':>16} {'--fsdp':>10} {'both':>10}")
+    for n in (1, 2, 4, 8):
+        plain, less, spread, both = (peak(n, *how) for how in ((0, 0), (1, 0), (0, 1), (1, 1)))
+        print(f"{n:>10} {plain:>10.1f} {less:>16.1f}" + (f" {spread:>10.1f} {both:>10.1f}" if n > 1 else ""))
+
+
+# ---------------------------------------------------------------------------------------- the command line
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", default="training", choices=("training", "growth", "parts"))
+    parser.add_argument("--what", default="training", choices=("training", "growth", "parts", "memory"))
     parser.add_argument("--method", default="lora,dora,hira,gatera", help=f"some of {', '.join(METHODS)}, with commas between")
     parser.add_argument("--model", default="smollm2-135m", help="models, with commas between")
     parser.add_argument("--device", default="cpu")
@@ -378,14 +451,19 @@ if __name__ == "__main__":
     parser.add_argument("--records", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--r", type=int, default=32)
+    parser.add_argument("--max-len", type=int, default=512, help="tokens of a record, of --what memory")
     parser.add_argument("--compile", action="store_true", help="our side compiled")
     parser.add_argument("--alone", action="store_true", help="our side only")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.dtype, options.adapter = torch.bfloat16 if options.device.startswith("cuda") else torch.float32, {}
     for model_name in options.model.split(","):
         for form in options.form.split(","):
             for batch_size in map(int, options.batch.split(",")):
                 chosen = variant(options, model=model_name, form=form, batch=batch_size)
+                if chosen.what == "memory":
+                    for name in chosen.method.split(","):
+                        memory(chosen, name)
+                    continue
                 print(f"{model_name}, r {chosen.r}, {form} form, batches of {batch_size} of the first {chosen.records} "
                       f"ARC-Easy training records, {chosen.device}, {chosen.dtype}, torch {torch.__version__}"
                       f"{', compiled' if chosen.compile else ''}, {chosen.rounds} rounds: median (range)\n", flush=True)
@@ -397,3 +475,7 @@ if __name__ == "__main__":
                 for name in chosen.method.split(","):
                     training(chosen, name)
                 print()
+
+
+if __name__ == "__main__":
+    run_command(main)

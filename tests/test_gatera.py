@@ -1,4 +1,7 @@
-"""The method against its own equations: every number here is computed a second, plainer way."""
+"""The method against its own equations: every number here is computed a second, plainer way.
+
+What holds for every update and gate is tested for all of METHODS and GATES, so that a new one is tested as soon as it is
+there."""
 import json
 import warnings
 
@@ -11,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from data.commonsense import Question, pack
 from data.files import UserError
 from gatera import (GATES, METHODS, AdapterConfig, GatedHadamard, GatedLinear, adapter_state, adapters_off,
-                    cached_products, gate_entropy, gate_values,
-                    gated_layers, inject_adapters, load_adapter, merge_adapters, save_adapter)
+                    cached_products, export_peft, gate_context, gate_entropy, gate_parameters, gate_values, gated_layers,
+                    inject_adapters, load_adapter, merge_adapters, parameter, save_adapter, times)
 from model import Transformer, TransformerConfig
 
 EVERY = [(method, gate) for method in METHODS for gate in GATES]
@@ -28,6 +31,10 @@ def tiny(family="llama", dtype=torch.float64):
     return Transformer(config).to(dtype)
 
 
+def trainable(layer):
+    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+
 def adapted(method, gate, family="llama", dtype=torch.float64, trained=True, **options):
     model = tiny(family, dtype)
     inject_adapters(model, AdapterConfig(method, gate, r=4, **options))
@@ -39,12 +46,11 @@ def adapted(method, gate, family="llama", dtype=torch.float64, trained=True, **o
 
 
 def set_gates(model, logit):
-    """Every gate to sigmoid(logit), whatever the token."""
+    """Every gate to sigmoid(logit), whatever the token; gradients flow as before."""
     for layer in gated_layers(model).values():
-        if layer.gate == "token":
-            layer.w_g.data.zero_()
-        if layer.gate != "none":
-            layer.b_g.data.fill_(logit)
+        if layer.gate is not None:
+            layer.gate._forward_hooks.clear()
+            layer.gate.register_forward_hook(lambda gate, inputs, z: z - z.detach() + logit)
 
 
 # ------------------------------------------------------------------------------------------- identities
@@ -80,35 +86,68 @@ def test_an_open_gate_is_the_published_method_exactly(method, gate):
 
 # ------------------------------------------------------------------- outputs and gradients, the plain way
 
-def plain(layer, x):
+def dora(x, W0, A, B, s, m):
+    V = W0 + s * B @ A
+    return x @ (m / V.norm(dim=1).detach() * V.T) - x @ W0.T
+
+
+DELTAS = {"lora": lambda x, W0, A, B, s: s * x @ (B @ A).T, "dora": dora, "hira": lambda x, W0, A, B, s: x @ (W0 * (B @ A)).T}
+OPENINGS = {"none": lambda x: 1.0, "static": lambda x, b_g: torch.sigmoid(b_g),
+            "token": lambda x, w_g, b_g: torch.sigmoid((x * w_g).sum(-1, keepdim=True) + b_g)}
+
+
+def plain(layer, x, method, gate):
     """y_t = W0 x_t + b + g(x_t) * Delta(x_t), with dense matrices and autograd alone."""
-    W0, A, B, s = layer.weight, layer.A, layer.B, layer.scaling
-    g = {"none": lambda: 1.0, "static": lambda: torch.sigmoid(layer.b_g),
-         "token": lambda: torch.sigmoid((x * layer.w_g).sum(-1, keepdim=True) + layer.b_g)}[layer.gate]()
-    if layer.method == "lora":
-        delta = s * x @ (B @ A).T
-    elif layer.method == "hira":
-        delta = x @ (W0 * (B @ A)).T
-    else:
-        V = W0 + s * B @ A
-        n = V.norm(dim=1).detach()
-        delta = x @ (layer.m / n * V.T) - x @ W0.T
-    return x @ W0.T + (0 if layer.bias is None else layer.bias) + g * delta
+    g = OPENINGS[gate](x, **dict(layer.gate.named_parameters() if layer.gate is not None else []))
+    delta = DELTAS[method](x, layer.weight, s=layer.update.scaling, **dict(layer.update.named_parameters()))
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias) + g * delta
+
+
+def a_layer(method, gate, bias=True, **options):
+    torch.manual_seed(3)
+    layer = GatedLinear(nn.Linear(6, 10, bias=bias).double().requires_grad_(False), AdapterConfig(method, gate, r=3, **options))
+    for p in trainable(layer).values():
+        p.data += torch.randn_like(p)
+    return layer, torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@every
+@pytest.mark.parametrize("method, gate", [(method, gate) for method in DELTAS for gate in OPENINGS])
 def test_outputs_and_gradients_equal_the_plain_formula(method, gate, bias):
-    torch.manual_seed(3)
-    layer = GatedLinear(nn.Linear(6, 10, bias=bias).double().requires_grad_(False), AdapterConfig(method, gate, r=3))
-    for p in layer.adapter_parameters().values():
-        p.data += torch.randn_like(p)
-    x, weight = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 5, 10, dtype=torch.float64)
-    inputs = [x, *layer.adapter_parameters().values()]
-    ours, theirs = layer(x), plain(layer, x)
+    layer, x = a_layer(method, gate, bias)
+    weight, inputs = torch.randn(2, 5, 10, dtype=torch.float64), [x, *trainable(layer).values()]
+    ours, theirs = layer(x), plain(layer, x, method, gate)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad((ours * weight).sum(), inputs), torch.autograd.grad((theirs * weight).sum(), inputs)):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@every
+def test_a_gate_scales_the_update_and_its_gradient(method, gate):
+    """y = W0 x + b + g * Delta(x), where Delta is what the ungated layer adds, in outputs and by autograd."""
+    layer, x = a_layer(method, gate)
+    ungated = GatedLinear(nn.Linear(6, 10).double(), AdapterConfig(method, "none", r=3))
+    ungated.load_state_dict(layer.state_dict(), strict=False)
+    ungated.update = layer.update
+    base, weight = F.linear(x, layer.weight, layer.bias), torch.randn(2, 5, 10, dtype=torch.float64)
+    g = 1.0 if layer.gate is None else torch.sigmoid(layer.gate(x.flatten(0, 1))).view(2, 5, 1)
+    inputs = [x, *trainable(layer).values()]
+    ours, theirs = layer(x), base + g * (ungated(x) - base)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), inputs), torch.autograd.grad((theirs * weight).sum(), inputs)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@every
+def test_gradients_are_those_of_the_outputs(method, gate, monkeypatch):
+    """By finite differences. DoRA's norm is a constant for the gradient; so it is held here."""
+    layer, x = a_layer(method, gate)
+    if hasattr(layer.update, "row_norm"):
+        norm = layer.update.row_norm(layer.weight)
+        monkeypatch.setattr(layer.update, "row_norm", lambda W0: norm)
+    names, values = zip(*trainable(layer).items())
+    function = lambda x, *values: torch.func.functional_call(layer, dict(zip(names, values)), x)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (x, *values))
 
 
 def test_the_hand_written_backward_passes_gradcheck():
@@ -127,9 +166,9 @@ def test_hira_keeps_no_dense_product_for_the_backward():
     assert [t for t in kept if t.shape in ((96, 64), (64, 96)) and t.data_ptr() != layer.weight.data_ptr()] == []
 
 
-@pytest.mark.parametrize("rslora, scaling", [(False, 2.0), (True, 4.0)])
-def test_scaling(rslora, scaling):
-    assert AdapterConfig("lora", r=4, rslora=rslora).scaling == scaling
+@pytest.mark.parametrize("alpha, scaling", [(None, 2.0), (3.0, 0.75)])
+def test_scaling(alpha, scaling):
+    assert AdapterConfig("lora", r=4, alpha=alpha).scaling == scaling
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -162,7 +201,7 @@ def test_entropy_equals_its_definition_and_survives_saturation():
         entropy = gate_entropy(model)
         entropy.backward()
         assert entropy == 0
-    assert all(torch.isfinite(layer.b_g.grad).all() for layer in gated_layers(model).values())
+    assert all(torch.isfinite(layer.gate.b_g.grad).all() for layer in gated_layers(model).values())
     ungated = adapted("lora", "none")
     ungated(IDS)
     assert gate_entropy(ungated) == 0 and gate_values(ungated) == {}
@@ -184,40 +223,48 @@ def test_the_entropy_term_pushes_a_gate_to_the_side_it_is_on():
         set_gates(model, logit)
         model(IDS)
         gate_entropy(model).backward()
-        assert all(torch.sign(layer.b_g.grad) == sign for layer in gated_layers(model).values())
+        assert all(torch.sign(layer.gate.b_g.grad) == sign for layer in gated_layers(model).values())
 
 
 # -------------------------------------------------------------------------------------------- the theorem
 
-@pytest.mark.parametrize("gate", ["static", "token"])
-@pytest.mark.parametrize("method", METHODS)
+BOUNDS = {"hira": lambda layer: layer.weight.abs().max(), "lora": lambda layer: layer.update.scaling,
+          "dora": lambda layer: layer.update.scaling * (layer.update.m / layer.update.row_norm(layer.weight)).abs().max()}
+
+
+@every
 def test_theorem_soft_gradient_masking(method, gate):
-    """GateRA, soft gradient masking, token by token: dL/d(BA) is g times that of the ungated method, and its norm at
-    most g c ||dL/dy|| ||x|| with c = max|W0| for HiRA, s for LoRA, s max(m/n) for DoRA. The gate's own gradient
-    carries g (1 - g). `-k theorem -s` prints the table."""
+    """GateRA, soft gradient masking, token by token: the gradient of the update is g times that of the ungated method,
+    and the norm of dL/d(BA) at most g c ||dL/dy|| ||x|| with c = max|W0| for HiRA, s for LoRA, s max(m/n) for DoRA. The
+    gate's own gradient carries g (1 - g). `-k theorem -s` prints the table."""
+    if gate == "none":
+        pytest.skip("no gate to mask gradients")
     torch.manual_seed(4)
     linear = nn.Linear(8, 12, bias=False).double().requires_grad_(False)
     gated = GatedLinear(linear, AdapterConfig(method, gate, r=8))
     ungated = GatedLinear(linear, AdapterConfig(method, "none", r=8))
-    for name, p in gated.adapter_parameters().items():
-        p.data = torch.eye(8).double() if name == "A" else p.data + 0.5 * torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
-        if hasattr(ungated, name):
-            getattr(ungated, name).data = p.data
-    s, W0 = gated.scaling, linear.weight
-    c = {"hira": lambda: W0.abs().max(), "lora": lambda: s, "dora": lambda: s * (gated.m / gated.row_norm()).abs().max()}[method]()
+    for name, p in trainable(gated).items():
+        p.data = torch.eye(8).double() if name == "update.A" else p.data + 0.5 * torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
+    ungated.update = gated.update
+    update = list(gated.update.parameters())
     print(f"\n{method}, {gate} gate:  token      g    ||dL/dBA||   bound")
     for token in range(4):
         x, dy = 2 * torch.randn(1, 8, dtype=torch.float64), torch.randn(1, 12, dtype=torch.float64)
         y = gated(x)
         g = torch.sigmoid(gated.gate_logit)
-        masked, d_gate = torch.autograd.grad((y * dy).sum(), [gated.B, gated.b_g])
-        whole, = torch.autograd.grad((ungated(x) * dy).sum(), [ungated.B])
-        torch.testing.assert_close(masked, g * whole, rtol=0, atol=1e-12)
-        delta = ungated(x) - F.linear(x, W0)
-        torch.testing.assert_close(d_gate, (g * (1 - g) * (delta * dy).sum()).view(1), rtol=0, atol=1e-12)
-        bound = g * c * dy.norm() * x.norm()
-        print(f"{token:>{len(method) + len(gate) + 17}}  {g.item():.3f}  {masked.norm():11.4f}  {bound.item():8.4f}")
-        assert 0 < masked.norm() <= bound * (1 + 1e-12)  # LoRA reaches its bound: there the gradient has rank one
+        masked = torch.autograd.grad((y * dy).sum(), update, retain_graph=True)
+        whole = torch.autograd.grad((ungated(x) * dy).sum(), update)
+        for a, b in zip(masked, whole):
+            torch.testing.assert_close(a, g.view(()) * b, rtol=0, atol=1e-12)
+        if hasattr(gated.gate, "b_g"):
+            d_gate, = torch.autograd.grad((y * dy).sum(), [gated.gate.b_g])
+            delta = ungated(x) - F.linear(x, linear.weight)
+            torch.testing.assert_close(d_gate, (g * (1 - g) * (delta * dy).sum()).view(1), rtol=0, atol=1e-12)
+        if method in BOUNDS:
+            dBA = masked[[name for name, _ in gated.update.named_parameters()].index("B")].norm()
+            bound = (g * BOUNDS[method](gated) * dy.norm() * x.norm()).item()
+            print(f"{token:>{len(method) + len(gate) + 17}}  {g.item():.3f}  {dBA:11.4f}  {bound:8.4f}")
+            assert 0 < dBA <= bound * (1 + 1e-12)  # LoRA reaches its bound: there the gradient has rank one
 
 
 # ------------------------------------------------------------------------------------ injection and files
@@ -229,10 +276,21 @@ def test_injection_freezes_the_base_and_keeps_its_names(method, gate):
     assert len(names) == 2 * 5 and all(isinstance(model.get_submodule(name), GatedLinear) for name in names)
     assert set(model.state_dict()) == before | set(adapter_state(model))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_state(model))
-    sides = [model.get_submodule(name).weight.shape for name in names]
-    expected = sum(4 * (rows + columns) + rows * (method == "dora")
-                   + {"none": 0, "static": 1}.get(gate, columns + 1) for rows, columns in sides)
-    assert sum(p.numel() for p in adapter_state(model).values()) == expected
+    gates = {f"{name}.gate.{leaf}" for name, layer in gated_layers(model).items() if layer.gate is not None
+             for leaf, _ in layer.gate.named_parameters()}
+    assert sum(p.numel() for p in gate_parameters(model)) == sum(adapter_state(model)[name].numel() for name in gates)
+    own = {"lora": lambda rows: 0, "dora": lambda rows: rows, "hira": lambda rows: 0}
+    if method in own and gate in OPENINGS:  # beside A and B
+        expected = sum(4 * (rows + columns) + own[method](rows) + {"none": 0, "static": 1, "token": columns + 1}[gate]
+                       for rows, columns in (model.get_submodule(name).weight.shape for name in names))
+        assert sum(p.numel() for p in adapter_state(model).values()) == expected
+
+
+def test_targets_are_ends_of_names():
+    assert inject_adapters(tiny(), AdapterConfig(r=4, targets=("attn.q_proj", "0.mlp.up_proj", "blocks.1.attn.v_proj"))) == [
+        "blocks.0.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.attn.q_proj", "blocks.1.attn.v_proj"]
+    with pytest.raises(UserError, match="no layer is named proj"):  # whole words only
+        inject_adapters(tiny(), AdapterConfig(r=4, targets=("proj",)))
 
 
 @pytest.mark.parametrize("name, gate, share", [
@@ -253,23 +311,26 @@ def test_the_same_seed_starts_every_method_with_the_same_A():
         model = tiny()
         torch.manual_seed(7)
         inject_adapters(model, AdapterConfig(method, gate, r=4))
-        starts.append(torch.cat([layer.A.flatten() for layer in gated_layers(model).values()]))
+        starts.append(torch.cat([layer.update.A.flatten() for layer in gated_layers(model).values()]))
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 
 def test_A_starts_as_pefts_does():
     """Uniform up to 1 / sqrt(in)."""
     torch.manual_seed(0)
-    A = GatedLinear(nn.Linear(4096, 32), AdapterConfig("lora", "none", r=32)).A.detach()
+    A = GatedLinear(nn.Linear(4096, 32), AdapterConfig("lora", "none", r=32)).update.A.detach()
     assert 0.999 < 64 * A.abs().max() <= 1 and 64 * A.std() == pytest.approx(3**-0.5, rel=0.01)
     assert abs(64 * A.mean()) < 0.01
 
 
 @pytest.mark.parametrize("options, message", [
+    (dict(targets=("q_proj", "blocks.7.mlp.up_proj")), "no layer is named blocks.7.mlp.up_proj; this model has"),
     (dict(targets=("c_attn",)), "no layer is named c_attn; this model has down_proj, gate_proj, head, k_proj"),
     (dict(r=9), "r 9 is larger than the smallest adapted matrix side, 8"),
     (dict(r=0), "r 0; expected a positive whole number"),
     (dict(method="ia3", gate="soft"), "method 'ia3'; expected one of lora, dora, hira; gate 'soft'; expected one of"),
+    (dict(gate="static", skip_closed=0.1), "skip_closed 0.1: hira with gate static has nothing to skip"),
+    (dict(method="lora", skip_closed=0.1), "skip_closed 0.1: lora with gate token has nothing to skip"),
     (dict(dropout=1.0), "dropout 1.0"), (dict(alpha=-1.0), "alpha -1.0"), (dict(targets=()), "at least one layer name")])
 def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(UserError) as caught:
@@ -312,15 +373,17 @@ def edit(path, change):
 
 
 BROKEN = {
-    "missing blocks.0.attn.k_proj.B": lambda d: edit(d / "adapter.safetensors", lambda t: t.pop("blocks.0.attn.k_proj.B")),
+    "missing blocks.0.attn.k_proj.update.B": lambda d: edit(d / "adapter.safetensors", lambda t: t.pop("blocks.0.attn.k_proj.update.B")),
     "unexpected elsewhere.A": lambda d: edit(d / "adapter.safetensors", lambda t: t.update({"elsewhere.A": torch.ones(1)})),
-    r"blocks.1.mlp.up_proj.A is \(2, 2\), expected \(4, 16\)":
-        lambda d: edit(d / "adapter.safetensors", lambda t: t.update({"blocks.1.mlp.up_proj.A": torch.ones(2, 2)})),
-    "missing blocks.0.attn.q_proj.A.* and 36 more": lambda d: save_file({}, d / "adapter.safetensors"),
+    r"blocks.1.mlp.up_proj.update.A is \(2, 2\), expected \(4, 16\)":
+        lambda d: edit(d / "adapter.safetensors", lambda t: t.update({"blocks.1.mlp.up_proj.update.A": torch.ones(2, 2)})),
+    "missing blocks.0.attn.q_proj.update.A.* and 36 more": lambda d: save_file({}, d / "adapter.safetensors"),
     "broken or truncated": lambda d: (d / "adapter.safetensors").write_bytes((d / "adapter.safetensors").read_bytes()[:-9]),
     "adapter.safetensors: not found": lambda d: (d / "adapter.safetensors").unlink(),
     "adapter.json: not found": lambda d: (d / "adapter.json").unlink(),
     "adapter.json: not valid JSON": lambda d: (d / "adapter.json").write_text("[1"),
+    "adapter.json is not what was saved with adapter.safetensors": lambda d: (d / "adapter.json").write_text(
+        (d / "adapter.json").read_text().replace('"gate_bias": 0.0', '"gate_bias": 1.0')),
     "adapter.json: unknown fields colour": lambda d: (d / "adapter.json").write_text(json.dumps({"colour": 1})),
 }
 
@@ -349,6 +412,11 @@ def test_values_are_not_loaded_into_an_adapter_of_another_kind(tmp_path):
 def test_merging_ungated_adapters_keeps_the_logits(method):
     model = adapted(method, "none", family="gpt2")
     before = model(IDS)
+    if not hasattr(METHODS[method], "merged"):
+        with pytest.raises(UserError, match=f"{method} cannot be merged"):
+            merge_adapters(model)
+        assert torch.equal(model(IDS), before)
+        return
     merge_adapters(model)
     assert gated_layers(model) == {} and set(model.state_dict()) == set(tiny("gpt2").state_dict())
     torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
@@ -358,7 +426,7 @@ def test_merging_warns_where_rounding_takes_the_update():
     for dtype, lossy in ((torch.float32, False), (torch.bfloat16, True)):
         model = adapted("hira", "none", dtype=dtype, trained=False)
         for layer in gated_layers(model).values():
-            layer.B.data.fill_(1e-3)
+            layer.update.B.data.fill_(1e-3)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             merge_adapters(model)
@@ -374,6 +442,84 @@ def test_merging_a_gated_adapter_is_refused_and_changes_nothing(method, gate):
     with pytest.raises(UserError, match="gated adapter cannot be merged"):
         merge_adapters(model)
     assert torch.equal(model(IDS), before)
+
+
+# ------------------------------------------------------------------------------------ gates and updates of one's own
+
+class EntropyGate(nn.Module):
+    """Opens where the base is unsure: z = v * (entropy of the base's next token) + b_g."""
+
+    def __init__(self, W0, config):
+        super().__init__()
+        self.v, self.b_g = parameter(W0, 1), parameter(W0, 1, value=config.gate_bias)
+
+    def forward(self, x, entropy, **context):
+        return self.v * entropy.reshape(-1, 1) + self.b_g                                   # (N, 1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gate_may_read_something_else_than_its_token(method, checkpointing, tmp_path, monkeypatch):
+    monkeypatch.setitem(GATES, "entropy", EntropyGate)
+    model, targets = adapted(method, "entropy"), IDS.roll(-1, 1)
+    model.gradient_checkpointing = checkpointing
+    with adapters_off(model), torch.no_grad():
+        entropy = torch.special.entr(model(IDS).softmax(-1)).sum(-1)                        # (B, T)
+    optimizer = torch.optim.AdamW([{"params": gate_parameters(model), "lr": 0.1}], weight_decay=0)
+    before, losses = {name: p.clone() for name, p in adapter_state(model).items()}, []
+    for _ in range(5):
+        with gate_context(model, entropy=entropy):
+            loss = F.cross_entropy(model(IDS).flatten(0, 1), targets.flatten()) + 0.01 * gate_entropy(model)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, p in adapter_state(model).items():
+        assert torch.equal(p, before[name]) == (".gate." not in name), name
+    layer, values = gated_layers(model)["blocks.1.mlp.up_proj"], gate_values(model)["blocks.1.mlp.up_proj"]
+    with gate_context(model, entropy=entropy):
+        logits = model(IDS)
+        again = tiny()
+        load = save_adapter(model, tmp_path) or load_adapter(again, tmp_path)
+        with gate_context(again, entropy=entropy):
+            assert load.gate == "entropy" and torch.equal(again(IDS), logits)
+    torch.testing.assert_close(gate_values(model)["blocks.1.mlp.up_proj"], torch.sigmoid(layer.gate.v * entropy + layer.gate.b_g))
+    assert not torch.equal(values, gate_values(model)["blocks.1.mlp.up_proj"])              # of the step before the last
+    with pytest.raises(TypeError, match="entropy"):  # nobody hands it over any more
+        model(IDS)
+
+
+class Shift(nn.Module):
+    """Delta(x) = v, whatever x: nothing of low rank, and nothing that peft knows or a weight can do."""
+
+    def __init__(self, W0, config):
+        super().__init__()
+        self.v = parameter(W0, W0.shape[0])
+
+    def forward(self, x, g, **base):
+        return times(g, self.v.to(x.dtype).expand(len(x), -1))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_an_update_may_be_anything(gate, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "shift", Shift)
+    fresh, model = adapted("shift", gate, dtype=torch.float32, trained=False), adapted("shift", gate, dtype=torch.float32)
+    base = tiny(dtype=torch.float32)(IDS)
+    assert torch.equal(fresh(IDS), base) and not torch.equal(model(IDS), base)
+    save_adapter(model, tmp_path)
+    load_adapter(again := tiny(dtype=torch.float32), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    with cached_products(model):
+        assert torch.equal(again(IDS), model(IDS))
+    with pytest.raises(UserError, match="cannot be merged"):
+        merge_adapters(model)
+    with pytest.raises(UserError, match="cannot be exported: peft has no"):
+        export_peft(model, tmp_path / "peft")
+    with pytest.raises(UserError, match=f"skip_closed 0.1: shift with gate {gate} has nothing to skip"):
+        AdapterConfig("shift", gate, skip_closed=0.1)
+    with pytest.raises(UserError, match="nothing to skip"):
+        load_adapter(tiny(dtype=torch.float32), tmp_path, skip_closed=0.1)
 
 
 # ------------------------------------------------------------------------------------------- torch.compile
@@ -414,7 +560,13 @@ def test_cached_products_give_the_same_logits(gate, skip_closed, monkeypatch):
     with torch.no_grad(), cached_products(model):
         monkeypatch.setattr(GatedHadamard, "apply", None)  # the products are not made again
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-12)
-    assert all(layer.dense is None for layer in gated_layers(model).values())
+    assert all(layer.update.dense is None for layer in gated_layers(model).values())
+
+
+def test_cached_products_are_kept_in_the_dtype_of_the_weights():
+    model = adapted("hira", "token", dtype=torch.bfloat16)
+    with cached_products(model):
+        assert all(layer.update.dense.dtype == torch.bfloat16 for layer in gated_layers(model).values())
 
 
 def test_cached_products_take_no_gradient_away():
@@ -430,18 +582,18 @@ def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
     linear, tau = nn.Linear(8, 12, bias=False).double().requires_grad_(False), 0.2
     exact = GatedLinear(linear, AdapterConfig("hira", "token", r=8))
     skipping = GatedLinear(linear, AdapterConfig("hira", "token", r=8, skip_closed=tau))
-    for name, p in exact.adapter_parameters().items():
-        p.data = torch.eye(8).double() if name == "A" else p.data + torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
-        getattr(skipping, name).data = p.data
+    for name, p in trainable(exact).items():
+        p.data = torch.eye(8).double() if name == "update.A" else p.data + torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
+        skipping.get_parameter(name).data = p.data
     x, dy = torch.randn(40, 8, dtype=torch.float64, requires_grad=True), torch.randn(40, 12, dtype=torch.float64)
     outputs, gradients = [], []
     for layer in (exact, skipping):
         outputs.append(layer(x))
-        gradients.append(torch.autograd.grad((outputs[-1] * dy).sum(), [x, layer.B]))
+        gradients.append(torch.autograd.grad((outputs[-1] * dy).sum(), [x, layer.update.B]))
     g = torch.sigmoid(exact.gate_logit.detach())                                          # (40, 1)
     closed = (g <= tau).flatten()
     assert 0 < closed.sum() < 40
-    delta = x @ (linear.weight * (exact.B @ exact.A)).T
+    delta = x @ (linear.weight * (exact.update.B @ exact.update.A)).T
     lost = outputs[0] - outputs[1]
     assert torch.equal(lost[~closed], torch.zeros_like(lost[~closed]))
     assert (lost[closed].norm(dim=1) <= tau * delta[closed].norm(dim=1)).all()
@@ -505,7 +657,7 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 def test_a_refused_adapter_leaves_the_base_as_it_was(tmp_path):
     save_adapter(adapted("lora", "none", dtype=torch.float32), tmp_path)
-    BROKEN["missing blocks.0.attn.k_proj.B"](tmp_path)
+    BROKEN["missing blocks.0.attn.k_proj.update.B"](tmp_path)
     base = tiny(dtype=torch.float32)
     with pytest.raises(UserError, match="missing"):
         load_adapter(base, tmp_path)
@@ -548,7 +700,7 @@ def test_half_precision_rounds_updates_and_gradients_but_loses_none(method, gate
         results.append([y, *gradients])
     for name, a, b in zip(["y", "x", *trained], *results):
         assert a.dtype == (dtype if name in ("y", "x") else torch.float32) and b.norm() > 0
-        assert (a.double() - b).norm() < 0.05 * b.norm(), name
+        assert (a.double() - b).norm() < 0.1 * b.norm(), name
 
 
 @every

@@ -19,15 +19,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import eval as evaluation
 import train
 from conftest import VOCAB, write_gpt2, write_llama
 from data import download
-from data.download import HUB_IDS, find_model, hub_id
+from data.download import find_model, hub_id
+from data.published import CONFIGS, HUB_IDS
 from data.files import UserError
 from data.hub import hub_reachable
 from gatera import load_adapter, merge_adapters
-from model import CONFIGS, Transformer, TransformerConfig, load_tokenizer, read_config
+from model import Transformer, TransformerConfig, load_tokenizer, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "data" / "sample"
@@ -402,16 +404,17 @@ def test_what_no_part_of_the_hub_can_be_loaded_is_not_fetched(hub, gone, words):
 
 
 def test_a_plan_needs_the_config_alone(hub, cache, capsys, monkeypatch):
-    train.main(["--plan", "--init", "some/model", "--r", "2"])
+    memory = ["--what", "memory", "--method", "gatera"]
+    bench.main([*memory, "--model", "some/model", "--r", "2"])
     assert "some/model: " in capsys.readouterr().out and hub.loaded() == {"config.json"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub_reachable.cache_clear()
-    train.main(["--plan", "--init", "some/model", "--r", "2"])  # now it is there
+    bench.main([*memory, "--model", "some/model", "--r", "2"])  # now it is there
     with pytest.raises(UserError, match="tokenizer.json, tokenizer_config.json are not in the local cache"):
         find_model("some/model")
     capsys.readouterr()
     for name in ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"):
-        train.main(["--plan", "--init", name])
+        bench.main([*memory, "--model", name])
         assert "8,030,261,248 frozen parameters" in capsys.readouterr().out
 
 

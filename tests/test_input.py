@@ -143,7 +143,7 @@ CASES = [
     ("eval", "--export hf", "--export: expected 2 arguments"),
     ("prepare", "--task piqa --sauce hub", "unknown argument --task (did you mean --tasks?); unknown argument --sauce "
      "(did you mean --source?)"),
-    ("prepare", "--tasks", "--tasks: expected at least one argument"),
+    ("prepare", "--tasks", "--tasks: expected one argument"),
     # values that cannot be
     ("train", "--r 0", "r 0; expected a positive whole number"),
     ("train", "--r -3", "r -3; expected a positive whole number"),
@@ -183,8 +183,9 @@ CASES = [
     ("eval", "--tasks ,", "unknown task ''; expected all or boolq"),
     ("eval", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
     ("eval", "--export onnx dir", "--export onnx; expected hf or peft"),
-    ("prepare", "--tasks arc", "no task is called arc; expected boolq, piqa"),
-    ("prepare", "--tasks piqa,arc", "no task is called arc"),
+    ("prepare", "--tasks arc", "--tasks arc: expected all or some of boolq, piqa"),
+    ("prepare", "--tasks piqa,arc", "--tasks arc: expected all or some of boolq, piqa"),
+    ("prepare", "--tasks ,", "--tasks ,: expected all or some of boolq, piqa"),
     # places to write to
     ("train", "--out file.txt", "--out file.txt: a file is there; expected a directory"),
     ("train", "--out file.txt/run", "--out file.txt/run: a file is there; expected a directory"),
@@ -195,7 +196,7 @@ CASES = [
     ("eval", "--run run --export hf gpt2like",
      "--export gpt2like: the directory is not empty; expected a new or empty one"),
     ("eval", "--run run --export peft run/best", "--export run/best: the directory is not empty"),
-    ("prepare", "--out file.txt", "file.txt: a file is there; expected a directory"),
+    ("prepare", "--out file.txt", "--out file.txt: a file is there; expected a directory"),
     # records
     ("train", "--data nowhere", "nowhere/piqa/train.jsonl: No such file or directory; expected records"),
     ("train", "--data file.txt", "file.txt/piqa/train.jsonl: Not a directory; expected records"),
@@ -271,8 +272,8 @@ CASES = [
     ("eval", "--run run --init gpt2like", "run/best/adapter.safetensors: does not fit this base model"),
     ("eval", "--run run", "run/best/adapter.safetensors: its contents do not match their checksum", lambda: Path(
         "run/best/adapter.safetensors").write_bytes(Path("run/best/adapter.safetensors").read_bytes()[:-1] + b"?")),
-    ("eval", "--run run", "blocks.0.attn.q_proj.A holds nan or inf",
-     tensors("run/best/adapter.safetensors", **{"blocks.0.attn.q_proj.A": torch.full((2, 32), float("nan"))})),
+    ("eval", "--run run", "blocks.0.attn.q_proj.update.A holds nan or inf",
+     tensors("run/best/adapter.safetensors", **{"blocks.0.attn.q_proj.update.A": torch.full((2, 32), float("nan"))})),
     ("eval", "--run run", "unexpected ../../evil.A", tensors("run/best/adapter.safetensors",
      **{"../../evil.A": torch.ones(1)})),
     ("eval", "--run run", "run/best/adapter.json: adapter: r '2'; expected", change("run/best/adapter.json", r="2")),

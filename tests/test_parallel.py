@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
 import train
 from data.files import UserError
-from gatera import gate_entropy, inject_adapters
+from gatera import AdapterConfig, gate_entropy, inject_adapters
 from model import Transformer
 from test_resume import PROCESSES, SAMPLE
 from test_train import adapter, metrics
@@ -124,9 +125,9 @@ def test_torchrun(llama, tmp_path):
 def test_the_plan_reads_a_config_alone(llama, tmp_path, capsys):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_bytes((llama / "config.json").read_bytes())
-    train.main(["--plan", "--init", str(tmp_path / "config"), "--r", "4", "--device", "cpu"])
+    bench.main(["--what", "memory", "--model", str(tmp_path / "config"), "--r", "4", "--method", "gatera"])
     assert "32,352 frozen parameters" in capsys.readouterr().out
-    train.main(["--plan", "--init", "llama-3-8b", "--dtype", "bfloat16", "--batch", "16", "--max-len", "256"])
+    bench.main(["--what", "memory", "--model", "llama-3-8b", "--device", "cuda", "--method", "gatera", "--max-len", "256"])
     text = capsys.readouterr().out
     assert "8,030,261,248 frozen parameters, 14.96 GiB in bfloat16" in text and "57,606,304 trainable" in text
     rows = [[float(x) for x in line.split()] for line in text.splitlines()[-4:]]
@@ -136,31 +137,30 @@ def test_the_plan_reads_a_config_alone(llama, tmp_path, capsys):
         assert both < fsdp < plain and both < checkpointing < plain
     assert rows[0][1] > rows[1][1] > rows[2][1] and 15 < rows[3][2] and rows[3][4] < 8
     with pytest.raises(UserError, match="./no-such-model: no such model file or directory"):
-        train.main(["--plan", "--init", "./no-such-model"])
+        bench.main(["--what", "memory", "--model", "./no-such-model"])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", [("hira", "token"), ("dora", "static"), ("lora", "none")])
 def test_the_plan_counts_what_a_real_forward_keeps(method, llama):
-    c = train.parse(["--init", str(llama), "--peft", method[0], "--gate", method[1], "--r", "4", "--max-len", "64"])
-    model = Transformer.from_pretrained(llama).train()
-    inject_adapters(model, train.adapter_config(c))
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    adapter, model = AdapterConfig(*method, r=4), Transformer.from_pretrained(llama).train()
+    inject_adapters(model, adapter)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     row = torch.arange(64)[None]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
-        logits = model(row, documents=row, select=row[0, -train.ANSWER_TOKENS:])
-        F.cross_entropy(logits, row[0, -train.ANSWER_TOKENS:]) + gate_entropy(model)
-    real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-    assert train.kept_for_backward(model.config, c, torch.float32) == pytest.approx(real, rel=0.05)
+        logits = model(row, documents=row, select=row[0, -bench.ANSWER_TOKENS:])
+        F.cross_entropy(logits, row[0, -bench.ANSWER_TOKENS:]) + gate_entropy(model)
+    real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
+    assert bench.kept_for_backward(model.config, adapter, 64, torch.float32) == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("max_len, batch", [(64, 4), (128, 16)])
-def test_the_plan_is_near_what_is_measured(max_len, batch, smollm, tmp_path):
-    argv = [sys.executable, train.__file__, "--init", smollm, "--max-len", str(max_len), "--batch", str(batch), "--device", "cpu"]
-    text = subprocess.run([*argv, "--plan"], capture_output=True, text=True, check=True).stdout
-    planned = float(text.splitlines()[3].split()[1])
-    subprocess.run([*argv, "--data", SAMPLE, "--max-steps", "3", "--warmup", "1", "--validation", "2", "--out", tmp_path / "run"],
-                   check=True, capture_output=True)
+def test_the_plan_is_near_what_is_measured(max_len, batch, smollm, tmp_path, capsys):
+    bench.main(["--what", "memory", "--model", smollm, "--method", "gatera", "--max-len", str(max_len), "--batch", str(batch)])
+    planned = float(capsys.readouterr().out.splitlines()[3].split()[1])
+    subprocess.run([sys.executable, train.__file__, "--init", smollm, "--max-len", str(max_len), "--batch", str(batch),
+                    "--device", "cpu", "--data", SAMPLE, "--max-steps", "3", "--warmup", "1", "--validation", "2",
+                    "--out", tmp_path / "run"], check=True, capture_output=True)
     measured = [line for line in metrics(tmp_path / "run") if "loss" in line][-1]["memory_gib"]
     assert planned == pytest.approx(measured, rel=0.25)

@@ -1,6 +1,7 @@
 """Against the reference implementations, in float64: transformers (the model), peft (the adapters and their files),
 tokenizers (the ids). What is missing on a machine is skipped with a reason; requirements-dev.txt brings all three."""
 import json
+import time
 
 import pytest
 import tokenizers
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from conftest import VOCAB, write_gguf, write_gpt2, write_llama
+from data import peft_format
 from data.files import UserError
 from gatera import (METHODS, AdapterConfig, adapter_state, export_peft, gated_layers, inject_adapters, load_adapter,
                     merge_adapters, save_adapter)
@@ -17,6 +19,7 @@ from data.weights import hugging_face_name, save_pretrained
 from model import Transformer, TransformerConfig, inverse_frequencies, load_tokenizer
 
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+PEFTS = [name for name, method in METHODS.items() if hasattr(method, "PEFT")]  # the methods that peft has too
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -141,8 +144,8 @@ def test_names_of_layers_are_transformers_names(gpt2, llama, theirs):
 
 
 ADAPTERS = {
-    "lora": dict(method="lora"), "lora-alpha": dict(method="lora", alpha=3.0), "rslora": dict(method="lora", rslora=True),
-    "dora": dict(method="dora"), "rsdora": dict(method="dora", rslora=True), "hira": dict(method="hira"),
+    "lora": dict(method="lora"), "lora-alpha": dict(method="lora", alpha=3.0),
+    "dora": dict(method="dora"), "dora-alpha": dict(method="dora", alpha=16.0), "hira": dict(method="hira"),
 }
 
 
@@ -196,7 +199,7 @@ def compare(ours, parameters, directory, read):
         assert read(p).abs().max() > 1e-5, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS)
 def test_dropout_equals_peft_under_the_same_seed(method, llama, theirs, tmp_path):
     """Both draw one mask per adapted layer, in the order of the forward; on GPT-2 peft draws one for the fused c_attn
     where we draw three, so that only the distribution is the same."""
@@ -215,12 +218,12 @@ def test_dropout_equals_peft_under_the_same_seed(method, llama, theirs, tmp_path
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "v_proj"), ("k_proj", "o_proj", "down_proj"), ("up_proj", "head")],
                          ids="+".join)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PEFTS)
 def test_export_loads_in_peft_and_comes_back(method, family, targets, request, theirs, tmp_path):
     directory = request.getfixturevalue(family)
     if family == "gpt2" and "head" in targets:
         targets = ("up_proj",)  # a tied head: transformers ties the weight that peft wraps
-    ours = random_adapter(directory, method, targets, rslora=method == "lora", dropout=0.1)
+    ours = random_adapter(directory, method, targets, alpha=3.0, dropout=0.1)
     export_peft(ours, tmp_path / "peft")
     assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -240,8 +243,20 @@ TRAINED = {
     "lora": lambda peft, t: peft.LoraConfig(r=4, lora_alpha=16, target_modules=t, lora_dropout=0.1),
     "rslora": lambda peft, t: peft.LoraConfig(r=4, lora_alpha=16, target_modules=t, use_rslora=True),
     "dora": lambda peft, t: peft.LoraConfig(r=4, lora_alpha=8, target_modules=t, use_dora=True),
+    "rsdora": lambda peft, t: peft.LoraConfig(r=4, lora_alpha=8, target_modules=t, use_dora=True, use_rslora=True),
     "hira": lambda peft, t: peft.HiraConfig(r=4, target_modules=t),
 }
+
+
+def trained_by_peft(base, settings, directory):
+    """peft's model after three steps, saved to `directory` by peft."""
+    model = need("peft").get_peft_model(base, settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(3):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(directory)
+    return model
 
 
 @pytest.mark.parametrize("family, targets", [
@@ -250,15 +265,9 @@ TRAINED = {
 @pytest.mark.parametrize("kind", TRAINED)
 def test_adapters_trained_and_saved_by_peft_load(kind, family, targets, request, theirs, tmp_path):
     """GPT-2's c_attn as peft trains it: one A for q, k and v."""
-    peft, directory = need("peft"), request.getfixturevalue(family)
-    settings = TRAINED[kind](peft, targets)
+    directory, settings = request.getfixturevalue(family), TRAINED[kind](need("peft"), targets)
     settings.fan_in_fan_out = family == "gpt2"
-    reference = peft.get_peft_model(theirs(directory), settings)
-    optimizer = torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad], lr=3e-2)
-    for _ in range(3):
-        reference(IDS, labels=IDS).loss.backward()
-        optimizer.step()
-    reference.eval().save_pretrained(tmp_path / "peft")
+    reference = trained_by_peft(theirs(directory), settings, tmp_path / "peft")
     ours = Transformer.from_pretrained(directory, dtype=torch.float64)
     base = ours(IDS)
     config = load_adapter(ours, tmp_path / "peft")
@@ -269,6 +278,86 @@ def test_adapters_trained_and_saved_by_peft_load(kind, family, targets, request,
     again = Transformer.from_pretrained(directory, dtype=torch.float64)
     load_adapter(again, tmp_path / "ours")
     close(again(IDS), ours(IDS), 0)
+
+
+CHOICES = {  # which layers, in peft's words
+    "excluded": dict(target_modules=["q_proj", "up_proj", "c_attn", "c_fc"], exclude_modules=["layers.0.self_attn.q_proj",
+                                                                                             "h.0.attn.c_attn"]),
+    "excluded-by-name": dict(target_modules="all-linear", exclude_modules=["v_proj", "c_fc"]),
+    "excluded-by-pattern": dict(target_modules=r".*\.(q_proj|up_proj|c_attn|c_fc)", exclude_modules=r".*\.(layers|h)\.1\..*"),
+    "layer": dict(target_modules=["q_proj", "down_proj", "c_attn", "mlp.c_proj"], layers_to_transform=0),
+    "layers": dict(target_modules=["q_proj", "down_proj", "c_attn", "mlp.c_proj"], layers_to_transform=[1, 7]),
+    "layers-by-pattern": dict(target_modules=["v_proj", "c_attn"], layers_to_transform=[0], layers_pattern="(?:layers|h)"),
+    "layers-by-patterns": dict(target_modules=["v_proj", "c_attn"], layers_to_transform=[1], layers_pattern=["blocks", "layers", "h"]),
+    "a-whole-name": dict(target_modules=["model.layers.0.mlp.up_proj", "transformer.h.0.mlp.c_fc", "k_proj", "c_attn"],
+                         layers_to_transform=[1]),
+    "no-layers": dict(target_modules=["q_proj", "c_attn"], layers_to_transform=[]),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", PEFTS)
+@pytest.mark.parametrize("kind", CHOICES)
+def test_the_layers_that_peft_adapts_are_adapted(kind, method, family, request, theirs, tmp_path):
+    directory, (fields, _) = request.getfixturevalue(family), METHODS[method].PEFT
+    settings = need("peft").PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]](r=4, fan_in_fan_out=family == "gpt2", **CHOICES[kind])
+    for name, value in fields.items():
+        setattr(settings, name, value)
+    reference = trained_by_peft(theirs(directory), settings, tmp_path / "peft")
+    ours = Transformer.from_pretrained(directory, dtype=torch.float64)
+    load_adapter(ours, tmp_path / "peft")
+    assert {hugging_face_name(name, ours.config) for name in gated_layers(ours)} == {
+        name.removeprefix("base_model.model.") for name, module in reference.named_modules() if hasattr(module, "base_layer")}
+    close(ours(IDS), reference(IDS).logits)
+    save_adapter(ours, tmp_path / "ours")  # the choice of layers comes back, from our files and from peft's
+    export_peft(ours, tmp_path / "again")
+    close(peft_model(theirs(directory), tmp_path / "again")(IDS).logits, ours(IDS))
+    for again in ("ours", "again"):
+        model = Transformer.from_pretrained(directory, dtype=torch.float64)
+        load_adapter(model, tmp_path / again)
+        close(model(IDS), ours(IDS), 1e-12)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_starts_that_leave_the_base_alone_are_taken(start, llama, theirs, tmp_path):
+    base = theirs(llama).float()  # which mica's wants
+    weights = {name: p.clone() for name, p in base.named_parameters()}
+    settings = need("peft").LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=start)
+    reference = trained_by_peft(base, settings, tmp_path / "peft")
+    assert all(torch.equal(weights[name.replace(".base_layer", "").removeprefix("base_model.model.")], p)
+               for name, p in reference.named_parameters() if "lora_" not in name)
+    ours = Transformer.from_pretrained(llama)
+    load_adapter(ours, tmp_path / "peft")
+    close(ours(IDS), reference(IDS).logits, 1e-5)
+
+
+EXTRAS = {  # what peft can do beside A and B: refused, by the name of its field
+    "init_lora_weights 'pissa', which changes the base": dict(init_lora_weights="pissa"),
+    "init_lora_weights 'pissa_niter_4', which changes the base": dict(init_lora_weights="pissa_niter_4"),
+    "init_lora_weights 'olora', which changes the base": dict(init_lora_weights="olora"),
+    "not supported: bias 'all'": dict(bias="all"),
+    "not supported: bias 'lora_only'": dict(bias="lora_only"),
+    "lora_bias True": dict(lora_bias=True),
+    r"modules_to_save \['lm_head'\]": dict(modules_to_save=["lm_head"]),
+    "rank_pattern {'v_proj': 2}": dict(rank_pattern={"v_proj": 2}),
+    "alpha_pattern {'v_proj': 32}": dict(alpha_pattern={"v_proj": 32}),
+    r"trainable_token_indices \[3, 4\]": dict(trainable_token_indices=[3, 4]),
+    r"layer_replication \[\[0, 1\], \[0, 2\]\]": dict(layer_replication=[[0, 1], [0, 2]]),
+    r"target_parameters \['mlp.up_proj.weight'\]": dict(target_parameters=["mlp.up_proj.weight"]),
+    r"alora_invocation_tokens \[5\]": dict(alora_invocation_tokens=[5], task_type="CAUSAL_LM"),
+    "unexpected .*base_model.model.model.embed_tokens.lora_embedding_A": dict(target_modules=["q_proj", "embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("message", EXTRAS)
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_what_peft_can_do_beside_is_refused_by_name(message, llama, theirs, tmp_path):
+    settings = need("peft").LoraConfig(**dict(r=4, target_modules=["q_proj", "v_proj"]) | EXTRAS[message])
+    base = theirs(llama).float() if "changes the base" in message else theirs(llama)
+    need("peft").get_peft_model(base, settings).save_pretrained(tmp_path / "peft")
+    with pytest.raises(UserError, match=message) as caught:
+        load_adapter(Transformer.from_pretrained(llama), tmp_path / "peft")
+    assert "\n" not in str(caught.value) and str(tmp_path / "peft") in str(caught.value)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -285,6 +374,14 @@ def test_a_shared_rank_that_three_divides_is_not_taken_for_blocks(steps, gpt2, t
     close(ours(IDS), reference(IDS).logits)
 
 
+def test_all_linear_is_all_but_the_head(llama, theirs, tmp_path):
+    export_peft(random_adapter(llama, "lora", (*ALL, "gate_proj")), tmp_path)
+    change_config(tmp_path, target_modules="all-linear")  # peft writes the names that it found
+    ours = Transformer.from_pretrained(llama, dtype=torch.float64)
+    load_adapter(ours, tmp_path)
+    close(ours(IDS), peft_model(theirs(llama), tmp_path)(IDS).logits)
+
+
 def test_an_alpha_that_the_file_does_not_name_is_pefts_own(gpt2, theirs, tmp_path):
     export_peft(random_adapter(gpt2, "lora"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -293,6 +390,28 @@ def test_an_alpha_that_the_file_does_not_name_is_pefts_own(gpt2, theirs, tmp_pat
     ours = Transformer.from_pretrained(gpt2, dtype=torch.float64)
     load_adapter(ours, tmp_path)
     close(ours(IDS), peft_model(theirs(gpt2), tmp_path)(IDS).logits)
+
+
+@pytest.mark.parametrize("targets", [ALL, ("attn.q_proj", "blocks.1.mlp.up_proj", "head")], ids="+".join)
+def test_adapters_work_in_a_model_of_transformers(targets, llama, theirs, tmp_path):
+    """Trained in ours, loaded in theirs, and the other way round; peft's files too."""
+    ours, model = random_adapter(llama, "hira", targets), theirs(llama)
+    save_adapter(ours, tmp_path / "ours")
+    load_adapter(model, tmp_path / "ours")
+    close(model(IDS).logits, ours(IDS))
+    assert len(gated_layers(model)) == len(gated_layers(ours))
+    for p in adapter_state(model).values():
+        p.data += 0.01
+    assert all(name.startswith(("model.layers", "lm_head")) for name in adapter_state(model))
+    save_adapter(model, tmp_path / "theirs")
+    export_peft(model, tmp_path / "peft")
+    for directory in ("theirs", "peft"):
+        again = Transformer.from_pretrained(llama, dtype=torch.float64)
+        load_adapter(again, tmp_path / directory)
+        close(again(IDS), model(IDS).logits)
+        load_adapter(base := theirs(llama), tmp_path / directory)
+        close(base(IDS).logits, model(IDS).logits)
+    close(peft_model(theirs(llama), tmp_path / "peft")(IDS).logits, model(IDS).logits)
 
 
 def test_gated_and_missing_adapters_are_not_exported(llama, tmp_path):
@@ -323,11 +442,20 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 REFUSED = {
     r"adapter_config.json: not supported: bias 'all'; modules_to_save \['lm_head'\]":
         lambda d: change_config(d, modules_to_save=["lm_head"], bias="all"),
-    r"layers_to_transform \[0\]": lambda d: change_config(d, layers_to_transform=[0]),
+    r"unexpected .*layers.1.self_attn.q_proj": lambda d: change_config(d, layers_to_transform=[0]),
+    "not supported: layers_to_transform 'two'": lambda d: change_config(d, layers_to_transform="two"),
+    "layers_to_transform beside a target_modules that is a pattern":
+        lambda d: change_config(d, layers_to_transform=[0], target_modules=".*"),
+    r"'.q_proj' is not a pattern: missing \)": lambda d: change_config(d, target_modules="(q_proj"),
+    "not supported: exclude_modules {'q_proj': 1}": lambda d: change_config(d, exclude_modules={"q_proj": 1}),
+    r"unexpected .*layers.0.self_attn.q_proj": lambda d: change_config(d, exclude_modules=".*q_proj"),
+    "not supported: lora_alpha '16'": lambda d: change_config(d, lora_alpha="16"),
+    "init_lora_weights 'loftq', which changes the base": lambda d: change_config(d, init_lora_weights="loftq"),
+    "init_lora_weights 'lora_ga', which changes the base": lambda d: change_config(d, init_lora_weights="lora_ga"),
     "use_qalora True": lambda d: change_config(d, use_qalora=True),
     "lora_bias True": lambda d: change_config(d, lora_bias=True),
     "trainable_token_indices": lambda d: change_config(d, trainable_token_indices=[3]),
-    "invented_in_2030 1": lambda d: change_config(d, invented_in_2030=1),
+    "invented_in_2030 1; and_0_is_a_value 0": lambda d: change_config(d, invented_in_2030=1, and_0_is_a_value=0),
     r"init_lora_weights 'pissa', which changes the base": lambda d: change_config(d, init_lora_weights="pissa"),
     "peft_type IA3, only LORA and HIRA": lambda d: change_config(d, peft_type="IA3"),
     r"target_modules \['c_attn'\] are no layers of this base model; it has down_proj":
@@ -342,7 +470,7 @@ REFUSED = {
         lambda d: change_config(d, target_modules=["q_proj", "k_proj", "v_proj"]),
     "unexpected base_model.model.model.embed_tokens.lora_embedding_A":
         lambda d: change_tensors(d, lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(1)})),
-    r"safetensors: does not fit this base model: blocks.0.attn.q_proj.A is \(4, 40\), expected \(4, 32\)":
+    r"safetensors: does not fit this base model: blocks.0.attn.q_proj.update.A is \(4, 40\), expected \(4, 32\)":
         lambda d: change_tensors(d, lambda t: t.update({Q: torch.ones(4, 40)})),
     "adapter_model.safetensors: missing": lambda d: save_file({}, d / "adapter_model.safetensors"),
     "adapter_model.safetensors: broken or truncated": lambda d: (d / "adapter_model.safetensors").write_bytes(
@@ -363,9 +491,21 @@ def test_adapters_of_peft_that_cannot_be_had_exactly_are_refused_by_name(message
     assert "\n" not in str(caught.value) and str(tmp_path / "peft") in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_pattern_that_would_try_for_ever_is_given_up(field, llama, tmp_path, monkeypatch):
+    """This one has two or three ways to match each character of a name, and tries all combinations."""
+    export_peft(random_adapter(llama, "lora", ("q_proj",)), tmp_path / "peft")
+    change_config(tmp_path / "peft", **{field: r"(?:\w|[a-z.]|.)+[x-z]"}, **{"layers_to_transform": [0]} if field == "layers_pattern" else {})
+    monkeypatch.setattr(peft_format, "SECONDS", 0.2)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="adapter_config.json: the pattern .* takes too long"):
+        load_adapter(Transformer.from_pretrained(llama), tmp_path / "peft")
+    assert time.monotonic() - started < 10  # of the centuries
+
+
 def test_an_adapter_for_another_base_is_refused(llama, gpt2, tmp_path):
     other = write_llama(tmp_path / "other", d=48, layers=3)
-    for method in METHODS:
+    for method in PEFTS:
         model = random_adapter(other, method)
         save_adapter(model, tmp_path / "ours")
         export_peft(model, tmp_path / "peft")
@@ -381,16 +521,16 @@ def test_an_adapter_for_another_base_is_refused(llama, gpt2, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:merging into")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "dora", "hira"])  # whose weights are written out below
 def test_a_merged_weight_is_computed_in_float32_and_rounded_once(method, dtype, llama):
     model = Transformer.from_pretrained(llama, dtype=dtype)
     inject_adapters(model, AdapterConfig(method, "none", r=4))
     exact = {}
     for name, layer in gated_layers(model).items():
-        layer.B.data += 0.02 * torch.randn_like(layer.B)
-        W0, BA = layer.weight.double(), layer.B.double() @ layer.A.double()
-        V = W0 * (1 + BA) if method == "hira" else W0 + layer.scaling * BA
-        exact[name] = V * (layer.m.double() / V.norm(dim=1))[:, None] if method == "dora" else V
+        layer.update.B.data += 0.02 * torch.randn_like(layer.update.B)
+        W0, BA = layer.weight.double(), layer.update.B.double() @ layer.update.A.double()
+        V = W0 * (1 + BA) if method == "hira" else W0 + layer.update.scaling * BA
+        exact[name] = V * (layer.update.m.double() / V.norm(dim=1))[:, None] if method == "dora" else V
     merge_adapters(model)
     for name, W in exact.items():
         merged = model.get_submodule(name).weight

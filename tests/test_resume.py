@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import train
 from conftest import write_llama
-from data.files import UserError
-from gatera import load_adapter
+from data.files import UserError, json_lines
+from data.prepare import hold_out, load_records
+from gatera import GATES, METHODS, load_adapter
 from model import Transformer
 from test_train import SAMPLE, adapter, metrics
 
@@ -54,10 +55,10 @@ def signal_at(monkeypatch, number, step):
         os.kill(os.getpid(), number) if at == step else None, rate(at, *rest))[1])
 
 
-@pytest.mark.parametrize("method", [("lora", "none"), ("lora", "token"), ("dora", "none"), ("dora", "static"),
-                                    ("hira", "none"), ("gatera", "token")])
-def test_a_resumed_run_is_the_run_that_was_never_stopped(method, llama, tmp_path, monkeypatch, capsys):
-    method = ("--peft", method[0], "--gate", method[1])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_run_that_was_never_stopped(method, gate, llama, tmp_path, monkeypatch, capsys):
+    method = ("--peft", method, "--gate", gate)
     handlers = list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
     train.main(flags(llama, tmp_path / "whole", *method))
     assert list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))) == handlers
@@ -74,6 +75,47 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(method, llama, tmp_path
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
     train.main(["--resume", str(tmp_path / "cut")])  # of a finished run: nothing is left to do
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_what_a_run_has_counted_goes_on(llama, tmp_path, monkeypatch, capsys):
+    """The lowest validation loss, which this rate leaves behind; prompts that were cut; and the time."""
+    argv = ["--lr", "1", "--warmup", "9", "--eval-every", "1", "--save-every", "100", "--max-len", "64"]
+    train.main(flags(llama, tmp_path / "whole", *argv))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, signal.SIGTERM, 8)
+        now, rate = time.time, train.learning_rate
+        patch.setattr(train, "learning_rate", lambda at, *rest: (
+            patch.setattr(time, "time", lambda: now() + 1000) if at == 7 else None, rate(at, *rest))[1])
+        train.main(flags(llama, tmp_path / "cut", *argv))
+    losses = [line["validation_loss"] for line in metrics(tmp_path / "cut") if "validation_loss" in line]
+    results = train.main(["--resume", str(tmp_path / "cut")])
+    assert min(losses) < losses[-1] and results["best_validation_loss"] == min(losses) and results["seconds"] > 1000
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    told = [line for line in capsys.readouterr().out.splitlines() if "lost the start of its prompt" in line]
+    assert len(told) == 2 and told[0] == told[1]
+
+
+def test_all_is_on_the_disk_before_the_state_says_so(llama, tmp_path, monkeypatch):
+    """A file's contents before its name, and all other files before the state."""
+    out, synced, renamed = tmp_path / "run", set(), []
+    fsync, replace = os.fsync, os.replace
+    known = lambda status: (status.st_ino, status.st_size)  # noqa: E731
+
+    def sync(handle):
+        synced.add(known(os.fstat(handle)))
+        fsync(handle)
+
+    def rename(old, new):
+        assert known(os.stat(old)) in synced
+        renamed.append(new.name)
+        if new.name == "state.safetensors":
+            assert known(os.stat(out / "metrics.jsonl")) in synced and known(os.stat(out / "last" / "adapter.json")) in synced
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    train.main(flags(llama, out, "--save-every", "1"))
+    assert renamed.count("state.safetensors") == 10
 
 
 def resume_or_start(base, directory):
@@ -228,11 +270,13 @@ def test_more_steps_are_allowed_and_told(stopped, capsys):
     assert lines[3]["lr"] == pytest.approx(0.01 * 14 / 18) and json.loads((stopped / "config.json").read_text())["steps"] == 20
 
 
-def test_other_records_are_refused(stopped, tmp_path):
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "validation"])
+def test_other_records_are_refused(part, stopped, tmp_path):
     for task in ("piqa", "ARC-Easy"):
         (tmp_path / "data" / task).mkdir(parents=True)
-        text = Path(SAMPLE, task, "train.jsonl").read_text()
-        (tmp_path / "data" / task / "train.jsonl").write_text(text.replace("the", "that", 1))
+        records = load_records(task, "train", SAMPLE)
+        hold_out(records)[part][0]["question"] += " Why?"
+        (tmp_path / "data" / task / "train.jsonl").write_text(json_lines(records))
     with pytest.raises(UserError, match="records have changed since the run began"):
         train.main(["--resume", str(stopped), "--data", str(tmp_path / "data")])
 
@@ -349,7 +393,7 @@ def test_the_batch_is_named_by_task_and_line(llama):
     c = train.parse(["--init", str(llama), "--data", SAMPLE, "--tasks", "piqa,boolq", "--validation", "2"])
     records, _, _ = train.load_data(c)
     numbers = [0, len(records) - 1]
-    found = dict(part.split(" ") for part in train.where(numbers, records, c).split("; "))
+    found = dict(part.split(" ") for part in train.name_records(numbers, records, c).split("; "))
     assert set(found) == {"piqa", "boolq"}
     for number in numbers:
         task = records[number]["task"]

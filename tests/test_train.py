@@ -18,7 +18,8 @@ import train
 from conftest import write_gpt2, write_llama
 from data.commonsense import training_question
 from data.files import UserError
-from gatera import AdapterConfig, gated_layers, inject_adapters, load_adapter
+from data.prepare import load_records
+from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gated_layers, inject_adapters, load_adapter
 from model import Transformer, load_tokenizer
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
@@ -38,8 +39,7 @@ def adapter(directory, which="last"):
     return load_file(directory / which / "adapter.safetensors")
 
 
-@pytest.mark.parametrize("peft, gate", [("lora", "none"), ("lora", "token"), ("dora", "static"), ("dora", "token"),
-                                        ("hira", "none"), ("hira", "static"), ("gatera", "")])
+@pytest.mark.parametrize("peft, gate", [*((method, gate) for method in METHODS for gate in GATES), ("gatera", "")])
 def test_a_run_learns_and_leaves_what_it_promises(peft, gate, llama, tmp_path, capsys):
     results = run(tmp_path / "run", llama, "--peft", peft, *(["--gate", gate] if gate else []), "--test", "3",
                   "--tasks", "piqa,boolq", "--validation", "2", "--epochs", "8", "--entropy-weight", "0")
@@ -80,6 +80,50 @@ def test_a_seed_repeats_a_run_and_another_does_not(llama, tmp_path):
     timeless = [[{k: v for k, v in line.items() if k not in ("tokens_per_s", "memory_gib", "config")} for line in metrics(tmp_path / name)]
                 for name in "ab"]
     assert timeless[0] == timeless[1]
+
+
+def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
+    """The same with one forward a record, a loss a batch, and AdamW's groups written out, in float64."""
+    load = Transformer.from_pretrained.__func__
+    monkeypatch.setattr(Transformer, "from_pretrained",
+                        classmethod(lambda cls, path, *a, **k: load(cls, path, torch.float64)))
+    flags = ["--tasks", "piqa,boolq", "--validation", "2", "--batch", "4", "--micro-batch", "3", "--warmup", "2",
+             "--max-steps", "6", "--log-every", "1", "--entropy-weight", "0.1", "--gate-lr", "0.05",
+             "--weight-decay", "0.5", "--clip", "0.02"]
+    run(tmp_path / "run", llama, *flags)
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+
+    c = train.parse(["--init", str(llama), "--data", SAMPLE, *flags])
+    records, _, _ = train.load_data(c)
+    questions = [training_question(record, "label", load_tokenizer(llama), 512) for record in records]
+    ungated, model = Transformer.from_pretrained(llama), Transformer.from_pretrained(llama)
+    inject_adapters(ungated, AdapterConfig("hira", "none", r=4))
+    torch.manual_seed(1337)
+    inject_adapters(model, AdapterConfig("hira", "token", r=4))
+    update = [p for name, p in adapter_state(model).items() if name in adapter_state(ungated)]
+    gates = [p for name, p in adapter_state(model).items() if name not in adapter_state(ungated)]
+    optimizers = [torch.optim.AdamW(update, weight_decay=0.5), torch.optim.AdamW(gates, weight_decay=0.5)]
+    for step, (numbers, factor) in enumerate(zip(train.batches(len(records), c), (1/3, 2/3, 1, 3/4, 1/2, 1/4))):
+        loss = entropy = 0.0
+        n_answer = sum(len(questions[i].answers[0]) for i in numbers)
+        n_token = sum(len(questions[i].prompt) + len(questions[i].answers[0]) - 1 for i in numbers)
+        for prompt, (answer,), _ in (questions[i] for i in numbers):
+            ids = torch.tensor([prompt + answer[:-1]])
+            logits = model(ids)[0, len(prompt) - 1:]
+            loss = loss + F.cross_entropy(logits, torch.tensor(answer), reduction="sum") / n_answer
+            entropy = entropy + gate_entropy(model) * ids.numel() / n_token
+        (loss + 0.1 * entropy).backward()
+        norm = torch.nn.utils.clip_grad_norm_(update + gates, 0.02)
+        assert norm > 0.02
+        for optimizer, peak in zip(optimizers, (0.01, 0.05)):
+            optimizer.param_groups[0]["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        expected = {"step": step, "loss": loss.item(), "entropy": entropy.item(), "grad_norm": norm.item(),
+                    "lr": 0.01 * factor}
+        assert {key: lines[step][key] for key in expected} == pytest.approx(expected, rel=1e-5), step
+    for name, tensor in adapter(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, adapter_state(model)[name].detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [("--micro-batch", "3"), ("--checkpointing",)])
@@ -144,7 +188,8 @@ def test_every_step_has_a_dropout_mask_of_its_own(llama, tmp_path):
 
 def test_best_is_the_adapter_with_the_lowest_validation_loss(llama, tmp_path):
     """At a rate that rises until the loss does, it is one in the middle. Its loss is computed a second way here."""
-    flags = ["--tasks", "piqa,boolq", "--validation", "2", "--lr", "1", "--warmup", "7", "--max-steps", "8", "--eval-every", "1"]
+    flags = ["--tasks", "piqa,ARC-Easy", "--validation", "2", "--lr", "1", "--warmup", "7", "--max-steps", "8",
+             "--eval-every", "1", "--dropout", "0.2", "--test", "4"]
     results = run(tmp_path / "run", llama, *flags)
     losses = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
     assert len(losses) == 8 and min(losses) < min(losses[0], losses[-1])
@@ -155,7 +200,12 @@ def test_best_is_the_adapter_with_the_lowest_validation_loss(llama, tmp_path):
     for prompt, (answer,), _ in (training_question(record, "label", tokenizer, 512) for record in records):
         logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
         nats.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
-    assert torch.cat(nats).mean().item() == pytest.approx(min(losses), rel=1e-5) == pytest.approx(results["best_validation_loss"])
+    assert torch.cat(nats).mean().item() == pytest.approx(min(losses), rel=1e-5)
+    assert results["best_validation_loss"] == min(losses)
+    for task, scores in results["tasks"].items():  # the test questions' scores are the base's and the best one's
+        for when, which in (("before", Transformer.from_pretrained(llama)), ("after", model)):
+            scored = evaluation.evaluate(which, tokenizer, load_records(task, "test", SAMPLE), "label", quiet=True)
+            assert [scores[key][when] for key in ("acc", "acc_norm")] == [scored["acc"], scored["acc_norm"]]
 
 
 def test_the_order_of_the_data_depends_on_the_seed_alone(llama, tmp_path):
@@ -284,7 +334,10 @@ def test_no_held_out_record_is_trained_on(llama):
     training, held_out, _ = train.load_data(c)
     key = lambda record: json.dumps(record, sort_keys=True)  # noqa: E731
     assert len(held_out) == 8 and not set(map(key, training)) & set(map(key, held_out))
-    assert train.load_data(train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "8", "--seed", "5"]))[1] == held_out
+    some = [train.load_data(train.parse(["--init", str(llama), "--data", SAMPLE, "--validation", "4", "--seed", seed]))[1]
+            for seed in ("1", "5")]
+    assert some[0] == some[1] and len(some[0]) == 4  # the same for every seed, and not of the first tasks alone
+    assert all(record in held_out for record in some[0]) and some[0] != held_out[:4]
 
 
 def test_twins_of_held_out_records_are_left_out(llama, tmp_path, capsys):

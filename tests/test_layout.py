@@ -1,0 +1,42 @@
+"""The shape of the project: imports run one way, and every file and function is as long as one reads at a sitting."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = ["data", "model", "gatera", "eval", "train"]  # each imports from those before it alone
+FILES = [*(ROOT / f"{name}.py" for name in ORDER[1:]), *sorted((ROOT / "data").glob("*.py"))]
+NAMES = [str(file.relative_to(ROOT)) for file in FILES]
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_imports_run_one_way(file):
+    own = ORDER.index("data" if file.parent.name == "data" else file.stem)
+    for node in ast.walk(ast.parse(file.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: expected an absolute import"
+            modules = [node.module]
+        for module in modules:
+            top = module.split(".")[0]
+            assert top not in ORDER or ORDER.index(top) < max(own, 1), f"line {node.lineno} imports {module}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_no_function_is_longer_than_a_screen(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 75, f"{node.name} has {lines} lines, expected at most 75"
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_a_module_has_one_plain_job(file):
+    text = file.read_text()
+    longest = 310 if file.parent.name == "data" else 600
+    assert len(text.splitlines()) <= longest, f"{len(text.splitlines())} lines, expected at most {longest}"
+    assert "leave out" not in text, "expected nothing that a reading can leave out"
+    assert file.name == "__init__.py" or ast.get_docstring(ast.parse(text)), "expected a docstring that says what it is for"
