@@ -74,45 +74,6 @@ def join_negative_numbers(argv: list[str]) -> list[str]:
     return joined
 
 
-class Flags(argparse.ArgumentParser):
-    """argparse, but for its errors: they are collected, and an unknown flag gets the closest that there is."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.wrong = []
-        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")  # argparse's takes -1e-3 for a flag
-
-    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """The values of the flags, and as `wrong` what is wrong with them, one text each; there a default stands."""
-        self.wrong = []
-        known, unknown = self.parse_known_args(argv)
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        # the value of an unknown flag is no error of its own
-        for word in [word for word in unknown if word.startswith("--")] or unknown:
-            close = difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.8)
-            hint = f" (did you mean {close[0]}?)" if close else "; see --help"
-            self.wrong.append(f"unknown argument {word}{hint}")
-        known.wrong = self.wrong
-        return known
-
-    def error(self, message: str):  # what is left of argparse's own: a flag without its value
-        raise UserError("; ".join([*self.wrong, f"{message.removeprefix('argument ')}; see --help"]))
-
-    def _get_values(self, action, words):
-        """argparse's hook that makes words into a value."""
-        kind = {int: "a whole number", float: "a number"}.get(action.type, "a value")
-        if action.choices:
-            kind = f"one of {', '.join(action.choices)}"
-        try:
-            if "" in words:  # as in --data "$UNSET"
-                raise ValueError
-            return super()._get_values(action, words)
-        except (argparse.ArgumentError, ValueError):
-            self.wrong.append(f"{action.option_strings[0]} {' '.join(words)}: expected {kind}")
-            return action.default
-
-
 def run_command(main) -> None:
     """Runs a program's main(); what a user can mend becomes one line on stderr and exit status 2."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what a terminal has no character for

@@ -5,6 +5,7 @@
 A try takes a fresh copy of a tiny model, of an adapter or of some records, damages one of its files (see `damage`) and
 hands it to the loader that the programs use. The same --seed does the same damage.
 """
+import argparse
 import contextlib
 import io
 import json
@@ -201,7 +202,7 @@ def fuzz(tries: int, seed: int, root: Path) -> tuple[Counter, list[str]]:
 
 
 if __name__ == "__main__":
-    parser = Flags(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tries", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
