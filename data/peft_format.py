@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from data.download import hub_id
 from data.files import UserError, is_number, read_json, read_tensors, reading, write_atomically
 from data.weights import hugging_face_name
 
@@ -180,7 +181,7 @@ def write_peft(directory: Path, adapter: dict[str, dict[str, torch.Tensor]], lay
     """Writes an adapter for PeftModel.from_pretrained.
 
     adapter: {our name of an adapted layer: tensors}. layers: as in `read_peft`. weights: {our name: W0} of all of them.
-    r, scaling (s), dropout: the adapter's. base: where peft finds the base model.
+    r, scaling (s), dropout: the adapter's. base: the base model as it was named here; peft finds it on the hub.
     """
     fields, keys = method
     chosen = {theirs: names for theirs, names in layers.items() if any(name in adapter for name in names)}
@@ -195,7 +196,7 @@ def write_peft(directory: Path, adapter: dict[str, dict[str, torch.Tensor]], lay
         tensors |= {f"base_model.model.{theirs}.{key}": whole[leaf].detach().cpu().contiguous()
                     for leaf, key in keys.items()}
     kind, conv1d = fields["peft_type"].lower(), any(name.startswith("transformer.h.") for name in layers)  # GPT-2's
-    raw = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base, "r": rank,
+    raw = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base and hub_id(base), "r": rank,
            "target_modules": sorted(ends(list(chosen), list(layers))), f"{kind}_dropout": dropout,
            "fan_in_fan_out": conv1d} | fields
     if kind == "lora":

@@ -414,6 +414,15 @@ def test_adapters_work_in_a_model_of_transformers(targets, llama, theirs, tmp_pa
     close(peft_model(theirs(llama), tmp_path / "peft")(IDS).logits, model(IDS).logits)
 
 
+def test_an_exported_adapter_names_its_base_as_the_hub_does(llama, tmp_path):
+    model = random_adapter(llama, "lora")
+    for name, base in {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "some/model": "some/model",
+                       "llama-3.2-1b": "meta-llama/Llama-3.2-1B", str(llama): str(llama)}.items():
+        model.name_or_path = name
+        export_peft(model, tmp_path / "peft")
+        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+
+
 def test_gated_and_missing_adapters_are_not_exported(llama, tmp_path):
     for gate in ("token", "static"):
         model = Transformer.from_pretrained(llama)
