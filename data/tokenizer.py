@@ -90,19 +90,21 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     if file is None:
         raise UserError(f"{path}: no tokenizer.json, nor vocab.json with merges.txt")
     with reading(file):
-        tokenizer, largest, rows = load(file)
-        # else some later step would ask for a row of the embedding that is not there
+        tokenizer, largest = load(file)
+        # Else some later step would ask for a row of the embedding that is not there.
         largest = max([largest, *(i for i in (tokenizer.eos, tokenizer.bos) if i is not None)])
+        # The model's vocabulary is without limit for a tokenizer that is on its own.
+        rows = GGUF(path).rows() if file == path else read_settings(path, "config.json").get("vocab_size", math.inf)
         if largest >= rows:
             raise UserError(f"has ids up to {largest}, but the model has a vocabulary of {rows}: not its tokenizer")
     return tokenizer
 
 
-def json_tokenizer(file: Path) -> tuple[Tokenizer, int, float]:
-    """The tokenizer in a tokenizer.json, the largest id that a text can have, and the rows of the model's embedding."""
+def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer in a tokenizer.json, and the largest id that a text can have."""
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception:
+    except Exception:  # not read as it is, which may be for its merges
         backend = tokenizers.Tokenizer.from_str(json.dumps(with_pairs(read_json(file))))
     backend.no_padding()
     backend.no_truncation()
@@ -122,7 +124,7 @@ def json_tokenizer(file: Path) -> tuple[Tokenizer, int, float]:
     tokenizer = Tokenizer(lambda text: backend.encode(text, add_special_tokens=False).ids,
                           partial(backend.decode, skip_special_tokens=False), vocabulary.values(),
                           end_of_text(file.parent, vocabulary), bos)
-    return tokenizer, largest, embedding_rows(file.parent)
+    return tokenizer, largest
 
 
 def with_pairs(raw: dict) -> dict:
@@ -137,7 +139,7 @@ def with_pairs(raw: dict) -> dict:
     return raw
 
 
-def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int, float]:
+def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
     """What `json_tokenizer` returns, of GPT-2's vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
     directory, merges = vocab.parent, vocab.with_name("merges.txt" if vocab.name == "vocab.json" else "vocab.bpe")
     if not merges.exists():
@@ -162,10 +164,10 @@ def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int, float]:
     lines = merges.read_text(encoding="utf-8").split("\n")
     lines = [line for line in lines[lines[0].startswith("#version"):] if line]
     tokenizer = byte_pairs("gpt2", SPLIT["gpt-2"], vocabulary, special, lines, end_of_text(directory, vocabulary), None)
-    return tokenizer, max(vocabulary.values()), embedding_rows(directory)
+    return tokenizer, max(vocabulary.values())
 
 
-def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int, float]:
+def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     """What `json_tokenizer` returns, of a .gguf file."""
     gguf = GGUF(file)
     kind, split = gguf.get("tokenizer.ggml.model", None), gguf.get("tokenizer.ggml.pre", None)
@@ -186,7 +188,7 @@ def gguf_tokenizer(file: Path) -> tuple[Tokenizer, int, float]:
                            gguf.get("tokenizer.ggml.eos_token_id", None),
                            gguf.get("tokenizer.ggml.bos_token_id") if add_bos else None,
                            whole_words=split == "llama-bpe")
-    return tokenizer, len(tokens) - 1, gguf.rows()
+    return tokenizer, len(tokens) - 1
 
 
 def byte_pairs(name: str, split: str, vocabulary: dict[str, int], special: dict[str, int], merges: list[str],
@@ -242,11 +244,6 @@ def read_settings(directory: Path, name: str) -> dict:
 def token_name(token) -> str | None:
     """A special token is given by its name, or by an object with its name."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def embedding_rows(directory: Path) -> float:
-    """The vocab_size in config.json; without limit for a tokenizer that is on its own."""
-    return read_settings(directory, "config.json").get("vocab_size", math.inf)
 
 
 def end_of_text(directory: Path, vocabulary: dict[str, int]) -> int | None:
