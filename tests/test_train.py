@@ -188,8 +188,8 @@ def test_every_step_has_a_dropout_mask_of_its_own(llama, tmp_path):
 
 def test_best_is_the_adapter_with_the_lowest_validation_loss(llama, tmp_path):
     """At a rate that rises until the loss does, it is one in the middle. Its loss is computed a second way here."""
-    flags = ["--tasks", "piqa,ARC-Easy", "--validation", "2", "--lr", "1", "--warmup", "7", "--max-steps", "8",
-             "--eval-every", "1", "--dropout", "0.2", "--test", "4"]
+    flags = ["--tasks", "openbookqa,winogrande", "--form", "cloze", "--validation", "2",
+             "--lr", "1", "--warmup", "7", "--max-steps", "8", "--eval-every", "1", "--dropout", "0.2", "--test", "4"]
     results = run(tmp_path / "run", llama, *flags)
     losses = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
     assert len(losses) == 8 and min(losses) < min(losses[0], losses[-1])
@@ -197,14 +197,14 @@ def test_best_is_the_adapter_with_the_lowest_validation_loss(llama, tmp_path):
     model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
     load_adapter(model, tmp_path / "run" / "best")
     nats = []
-    for prompt, (answer,), _ in (training_question(record, "label", tokenizer, 512) for record in records):
+    for prompt, (answer,), _ in (training_question(record, "cloze", tokenizer, 512) for record in records):
         logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]
         nats.append(F.cross_entropy(logits, torch.tensor(answer), reduction="none"))
     assert torch.cat(nats).mean().item() == pytest.approx(min(losses), rel=1e-5)
     assert results["best_validation_loss"] == min(losses)
     for task, scores in results["tasks"].items():  # the test questions' scores are the base's and the best one's
         for when, which in (("before", Transformer.from_pretrained(llama)), ("after", model)):
-            scored = evaluation.evaluate(which, tokenizer, load_records(task, "test", SAMPLE), "label", quiet=True)
+            scored = evaluation.evaluate(which, tokenizer, load_records(task, "test", SAMPLE), "cloze", quiet=True)
             assert [scores[key][when] for key in ("acc", "acc_norm")] == [scored["acc"], scored["acc_norm"]]
 
 
@@ -229,6 +229,8 @@ def test_the_defaults_are_the_papers_recipe():
     assert (c.r, c.lr, c.weight_decay, c.warmup, c.batch, c.epochs, c.max_len, c.validation, c.form, c.tasks, c.gate) == (
         32, 1e-3, 0, 100, 32, 3, 512, 120, "label", "all", "token")
     assert train.adapter_config(c).targets == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert train.adapter_config(c).alpha is None
+    assert train.adapter_config(train.parse(["--peft", "lora", "--alpha", "3"])).alpha == 3
     assert train.adapter_config(train.parse(["--targets", "qkv"])).targets == ("q_proj", "k_proj", "v_proj")
     assert train.adapter_config(train.parse(["--targets", "fc,o_proj"])).targets == ("up_proj", "down_proj", "o_proj")
 
