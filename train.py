@@ -332,6 +332,8 @@ def save(run: Run, step: int, info: dict, model, optimizer, scaler) -> None:
 @torch.no_grad()
 def restore(tensors: dict[str, torch.Tensor], info: dict, steps: int, c: Config, model, optimizer, scaler) -> None:
     """Puts back what `save` took. The run may have got another number of steps meanwhile, which is told."""
+    if not adapter_state(model).keys() <= tensors.keys() or "steps" not in info:
+        raise UserError(f"--resume {c.out}: its checkpoint is of another version of train.py; start a new run")
     for name, p in adapter_state(model).items():
         p.copy_(tensors[name])
         for key in ("step", "exp_avg", "exp_avg_sq"):

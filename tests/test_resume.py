@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from conftest import write_llama
-from data.files import UserError, json_lines
+from data.files import UserError, json_lines, read_tensors, write_tensors
 from data.prepare import hold_out, load_records
 from gatera import GATES, METHODS, load_adapter
 from model import Transformer
@@ -179,8 +179,8 @@ def test_killed_in_the_last_save_it_ends_the_same(name, llama, tmp_path):
 
 
 def test_killed_at_any_moment_of_a_save_it_ends_the_same(llama, tmp_path):
-    """With --save-every 1 a step's calls are: metrics on the disk; then for each of last/adapter.safetensors,
-    last/adapter.json, state, and of the two of best/ after a validation: contents on the disk, new name, name on the disk."""
+    """With --save-every 1 a step's calls are, for each of last/adapter.safetensors and last/adapter.json: contents on the
+    disk, new name, name on the disk; then metrics on the disk; then those three for the state."""
     train.main(flags(llama, tmp_path / "whole", "--save-every", "1"))
     for function, call in (("fsync", 5), ("fsync", 6), ("replace", 4), ("replace", 5), ("fsync", 13), ("replace", 9)):
         process = PROCESSES.Process(target=killed_at, args=(function, call, resume_or_start(llama, tmp_path / "cut")))
@@ -411,3 +411,14 @@ def test_steps_that_overflow_float16_are_left_out(llama, tmp_path, monkeypatch):
         train.main(flags(llama, tmp_path / "cut", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
     train.main(["--resume", str(tmp_path / "cut")])  # with the scale as it was
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(llama, tmp_path):
+    train.main(flags(llama, tmp_path / "run"))
+    file = tmp_path / "run" / "state.safetensors"
+    tensors, info = read_tensors(file, with_info=True)
+    for changed, text in (({f"old.{name}": tensor for name, tensor in tensors.items()}, info),
+                          (tensors, json.dumps({key: value for key, value in json.loads(info).items() if key != "steps"}))):
+        write_tensors(file, changed, text)
+        with pytest.raises(UserError, match="its checkpoint is of another version of train.py; start a new run"):
+            train.main(["--resume", str(tmp_path / "run")])
