@@ -143,6 +143,7 @@ def parse_only(file: str, flags: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
         patch.setattr(sys, "argv", [file, *flags])
+        patch.setattr(sys, "path", sys.path[:])  # a program puts its directory there
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         runpy.run_path(file, run_name="__main__")
 
