@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
+from data.compare import compare, runs_of
 from data.files import UserError, checksum, json_lines, unwritable, write_json
-from data.pictures import (by_phase, colour_legend, draw_gates, draw_training, layer_and_projection, paint,
-                           read_metrics, write_gate_page)
+from data.pictures import colour_legend, draw_gates, draw_training, gate_numbers, paint, read_metrics, write_gate_page
 from data.prepare import DEFAULT, TASKS, load_records, task_names
-from data.results import accuracy_key, compare, continued, correct, find_run, results_name, runs_of
+from data.results import continued, correct, find_run, mean_result, results_name, table
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
@@ -202,32 +202,6 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
     return [100 * (middle - half) / (1 + spread), 100 * (middle + half) / (1 + spread)]
 
 
-def mean_result(results: dict[str, dict], protocol: str) -> dict:
-    """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
-    Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
-    tasks = list(results.values())
-    values = [task[accuracy_key(protocol)] for task in tasks]
-    value = sum(values) / len(values)
-    low, high = (math.dist(values, [task["interval"][side] for task in tasks]) / len(values) for side in (0, 1))
-    mean = {key: sum(task[key] for task in tasks) / len(tasks)
-            for key in ("acc", "acc_norm", "majority") if key in tasks[0]}
-    total = {key: sum(task[key] for task in tasks) for key in ("n", "unparsed", "cut")}
-    return mean | total | {"interval": [value - low, value + high]}
-
-
-def table(results: dict[str, dict], protocol: str) -> str:
-    """The results of several tasks as text, with the majority baseline beside them and their unweighted mean below."""
-    lines = [f"{'task':<14} {'n':>6} {'acc':>7} {'acc_norm':>9} {'95 % interval':>15} {'majority':>9} {'unparsed':>9} "
-             f"{'cut':>5}"]
-    rows = results | ({"mean": mean_result(results, protocol)} if len(results) > 1 else {})
-    for task, row in rows.items():
-        norm = f"{row['acc_norm']:.2f}" if "acc_norm" in row else "-"
-        low, high = row["interval"]
-        lines.append(f"{task:<14} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
-                     f"{row['majority']:>9.2f} {row['unparsed']:>9} {row['cut']:>5}")
-    return "\n".join(lines)
-
-
 def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: dict, out: Path) -> None:
     """Evaluates {task: records} and keeps what is done in `out`, where it goes on if it was interrupted. summary: what
     becomes results.json, which gets the results."""
@@ -278,29 +252,6 @@ def trace_gates(model, tokenizer, records: list[dict], form: str, max_len: int) 
     return traces
 
 
-def gate_numbers(traces: list[dict], names: list[str]) -> dict:
-    """What the gates do, in numbers: for each phase the mean gate over all, by projection and by layer, the shares near
-    closed and near open, the mean entropy in bits (at most 1), and the share of the variance that is between the tokens
-    of a gate: 0 where gates tell layers apart alone, as static ones do."""
-    def means_by(keys: list, values: list[float]) -> dict:
-        return {key: float(np.mean([value for other, value in zip(keys, values) if other == key]))
-                for key in dict.fromkeys(keys)}
-
-    layers, projections = zip(*layer_and_projection(names))
-    numbers = {"questions": len(traces), "cut": sum(trace["cut"] > 0 for trace in traces)}
-    for phase, g in by_phase(traces).items():
-        if g.shape[1] == 0:
-            numbers[phase] = {"tokens": 0}
-            continue
-        bits = (torch.special.entr(g) + torch.special.entr(1 - g)) / math.log(2)
-        numbers[phase] = {
-            "tokens": g.shape[1], "mean": g.mean().item(), "below_0.05": (g < 0.05).float().mean().item(),
-            "above_0.95": (g > 0.95).float().mean().item(), "entropy_bits": bits.mean().item(),
-            "between_tokens": (g.var(1, correction=0).mean() / g.var(correction=0).clamp(min=1e-12)).item(),
-            "projections": means_by(projections, g.mean(1).tolist()), "layers": means_by(layers, g.mean(1).tolist())}
-    return numbers
-
-
 def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_len: int, c: "Settings", out: Path):
     """eval.py --gates: writes gates.html, the pictures, and their numbers in gates.json."""
     names, adapter = list(gated_layers(model)), model.adapter_config
@@ -334,7 +285,7 @@ def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     bos, ids = [] if tokenizer.bos is None else [tokenizer.bos], tokenizer.encode(prompt)
     if not bos + ids:
-        raise UserError("--prompt: empty; expected a text")
+        raise UserError("--prompt '': expected a text")
     surplus = max(0, len(bos) + len(ids) - max_len)
     if surplus:
         print(f"the prompt is longer than {max_len} tokens and lost its first {surplus}")
@@ -406,11 +357,11 @@ def parse(argv: list[str]) -> Settings:
     modes = [name for name in ("compare", "gates", "prompt", "export") if name in given]
     wrong += task_problems(c.tasks)
     rules = [
-        (c.limit >= 0, f"--limit {c.limit}; expected 0 (all) or more"),
-        (c.beams >= 1, f"--beams {c.beams}; expected 1 or more"),
-        (c.max_len == 0 or c.max_len >= 16, f"--max-len {c.max_len}; expected 16 or more"),
+        (c.limit >= 0, f"--limit {c.limit}: expected 0 (all) or more"),
+        (c.beams >= 1, f"--beams {c.beams}: expected 1 or more"),
+        (c.max_len == 0 or c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
         (not c.export or len(c.export) == 2, "--export: expected 2 arguments, hf or peft and a directory"),
-        (not c.export or c.export[0] in ("hf", "peft"), f"--export {c.export and c.export[0]}; expected hf or peft"),
+        (not c.export or c.export[0] in ("hf", "peft"), f"--export {c.export and c.export[0]}: expected hf or peft"),
         (len(modes) < 2, f"--{' and --'.join(modes)}: expected one of them"),
         (c.run or c.init or c.compare, "nothing to evaluate: pass --run DIRECTORY or --init MODEL"),
     ]
@@ -429,7 +380,7 @@ def parse(argv: list[str]) -> Settings:
 def task_problems(names: str) -> list[str]:
     """What is wrong with the tasks that --tasks or a run's config.json names, one text each."""
     tasks = task_names(names) if names else []
-    unknown = [f"unknown task '{task}'; expected all or {', '.join(TASKS)}" for task in tasks if task not in TASKS]
+    unknown = [f"--tasks {task}: expected all or some of {', '.join(TASKS)}" for task in tasks if task not in TASKS]
     return unknown + [f"--tasks: {task} is named twice" for task, times in Counter(tasks).items() if times > 1]
 
 

@@ -55,10 +55,10 @@ class AdapterConfig:
 
     def __post_init__(self):
         if isinstance(self.targets, str):
-            raise UserError(f"adapter: targets {self.targets!r}; expected a list of layer names")
+            raise UserError(f"adapter: targets {self.targets!r}: expected a list of layer names")
         self.targets = tuple(self.targets)
         below_one = math.nextafter(1, 0)
-        wrong = [f"{name} {getattr(self, name)!r}; expected {expected}" for name, fine, expected in (
+        wrong = [f"{name} {getattr(self, name)!r}: expected {expected}" for name, fine, expected in (
             ("method", self.method in list(METHODS), "one of " + ", ".join(METHODS)),
             ("gate", self.gate in list(GATES), "one of " + ", ".join(GATES)),
             ("r", isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),

@@ -39,10 +39,11 @@ from torch.distributed.fsdp import fully_shard
 
 from data.cli import device_problems, flag, peak_memory, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Packed, Question, pack, training_question
+from data.compare import UNIMPORTANT
 from data.download import find_model
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
-from data.results import UNIMPORTANT, accuracy_key
+from data.results import accuracy_key
 from data.runs import Progress, Run, Signals, clock, read_facts, unusable
 from eval import evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
@@ -176,8 +177,9 @@ def check(c: Config) -> list[str]:
         wrong.append(f"--out {problem}")
     try:
         adapter_config(c)
-    except UserError as error:
-        wrong.append(str(error))
+    except UserError as error:  # "adapter: r 0: expected ..." is about --r
+        problems = str(error).removeprefix("adapter: ").split("; ")
+        wrong += [flag(name) + " " + rest for name, rest in (problem.split(" ", 1) for problem in problems)]
     return wrong
 
 

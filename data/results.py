@@ -1,15 +1,13 @@
-"""Predictions on disk, and whether two runs differ.
+"""Predictions and results on disk, and the table of them.
 
 An evaluation is a directory: predictions.jsonl has a line for each question, and results.json the configuration, a
 digest of each task's records, and the accuracies.
 """
 import contextlib
 import json
+import math
 import os
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from data.files import UserError, claim, json_lines, move_aside, read_json, write_atomically, write_json
 
@@ -120,177 +118,29 @@ def results_name(adapter: str, protocol: str, c) -> str:
     return "-".join(part for part in parts if part)
 
 
-def runs_of(group: str) -> list[str]:
-    """The runs that a word of --compare names: with commas between, or all those in a directory, such as the seeds in
-    out/lora/1, out/lora/2, ..."""
-    inside = [] if (Path(group) / "config.json").exists() else sorted(Path(group).glob("*/config.json"))
-    return [str(file.parent) for file in inside] or group.split(",")
+# ---------------------------------------------------------------------------------------------- the table
+
+def mean_result(results: dict[str, dict], protocol: str) -> dict:
+    """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
+    Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
+    tasks = list(results.values())
+    values = [task[accuracy_key(protocol)] for task in tasks]
+    value = sum(values) / len(values)
+    low, high = (math.dist(values, [task["interval"][side] for task in tasks]) / len(values) for side in (0, 1))
+    mean = {key: sum(task[key] for task in tasks) / len(tasks)
+            for key in ("acc", "acc_norm", "majority") if key in tasks[0]}
+    total = {key: sum(task[key] for task in tasks) for key in ("n", "unparsed", "cut")}
+    return mean | total | {"interval": [value - low, value + high]}
 
 
-def find_results(run: str, c) -> Path:
-    """The directory of a run's results that --protocol, --split, --limit, ... choose, or `run` itself if it is one."""
-    directory = Path(run)
-    if (directory / "predictions.jsonl").exists():
-        return directory
-    facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-    protocol = c.protocol or facts.get("config", {}).get("form", "cloze")
-    chosen = directory / "eval" / results_name(c.adapter, protocol, c)
-    if (chosen / "predictions.jsonl").exists():
-        return chosen
-    there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
-    advice = f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
-             f"{run}/eval/NAME; or evaluate it " if there else ""
-    raise UserError(f"{run}: no results called {chosen.name} there; {advice}first: python eval.py --run {run}"
-                    + (f" --limit {c.limit}" if c.limit else ""))
-
-
-class Results(NamedTuple):
-    """An evaluated run: its results.json, and {task: 1.0 for each question that it gets right, 0.0 for the others}."""
-    summary: dict
-    hits: dict[str, list[float]]
-
-
-def load_results(run: str, c) -> Results:
-    directory = find_results(run, c)
-    summary, found = read_json(directory / "results.json"), read_predictions(directory)
-    if not {"configuration", "settings", "data", "tasks"} <= summary.keys():
-        raise UserError(f"{directory}/results.json: of another version of eval.py; evaluate again")
-    if short := [task for task, result in summary["tasks"].items() if len(found.get(task, ())) != result["n"]]:
-        raise UserError(f"{directory}: predictions of {', '.join(short)} are missing; evaluate again")
-    protocol = summary["configuration"]["protocol"]
-    return Results(summary, {task: [float(correct(found[task][i], protocol)) for i in sorted(found[task])]
-                             for task in summary["tasks"]})
-
-
-# ------------------------------------------------------------------------------- what can be compared
-
-# What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
-SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "batch", "steps", "validation",
-                   "eval_every", "seed")
-# What changes no step of training but by rounding, or only how many there are.
-UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
-               "device", "compile", "checkpointing", "fsdp", "plan")
-
-
-def common_tasks(groups: list[str], methods: list[list[Results]], chosen: list[str]) -> list[str]:
-    """The chosen tasks that all runs have. UserError where runs cannot be paired by question."""
-    for group, method in zip(groups, methods):
-        seeds = [run.summary["settings"]["seed"] for run in method if run.summary["settings"]]
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{group}: two of {', '.join(runs_of(group))} have the same seed; name one of each seed, "
-                            "with commas between (train.py moves an earlier run aside, to NAME-1)")
-    summaries = [run.summary for method in methods for run in method]
-    for name in ("protocol", "split", "beams"):
-        if len(values := {str(summary["configuration"][name]) for summary in summaries}) > 1:
-            raise UserError(f"these cannot be compared: their {name} is {' and '.join(sorted(values))}")
-    tasks = [task for task in summaries[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in summaries)]
-    if other := [task for task in tasks if len({summary["data"][task] for summary in summaries}) > 1]:
-        raise UserError(f"these cannot be paired: the questions of {', '.join(other)} differ; evaluate all with the "
-                        "same --limit and --data")
-    if not tasks:
-        raise UserError("these have no task in common")
-    return tasks
-
-
-def setting_differences(methods: list[list[Results]]) -> tuple[list[str], list[str]]:
-    """(settings that differ and should not, settings that are compared), each as "name: first / second / ..."."""
-    base = "{base_sha256:.8} in {dtype}"
-    settings = [[{"base": base.format(**run.summary["configuration"])} | (run.summary["settings"] or {})
-                 for run in method] for method in methods]
-    names = {name for method in settings for run in method for name in run} - {"preset", "init", *UNIMPORTANT}
-    wrong, compared = [], []
-    for name in sorted(names):
-        values = [sorted({str(run[name]) for run in method if name in run}) for method in settings]
-        values = [of_method for of_method in values if of_method]
-        mixed = name != "seed" and any(len(of_method) > 1 for of_method in values)  # within what should be one method
-        if mixed or any(of_method != values[0] for of_method in values):
-            text = f"{name}: " + " / ".join(", ".join(of_method) for of_method in values)
-            (wrong if mixed or name in SHARED_SETTINGS else compared).append(text)
-    return wrong, compared
-
-
-# ----------------------------------------------------------------------------------------- do they differ
-
-def bootstrap(difference: np.ndarray, rng: np.random.Generator, times: int = 10_000) -> np.ndarray:
-    """Means of `times` resamples of a task's paired differences, in percent. A resample of n questions counts how often
-    each distinct value comes up, which is one multinomial draw."""
-    values, counts = np.unique(difference, return_counts=True)
-    n = len(difference)
-    return 100 * rng.multinomial(n, counts / n, size=times) @ values / n
-
-
-def mcnemar(difference: np.ndarray) -> float:
-    """Exact two-sided p of McNemar's test: of the questions that only one of two runs gets right, each run would win
-    half if they were equally good."""
-    n, fewer = int((difference != 0).sum()), int(min((difference > 0).sum(), (difference < 0).sum()))
-    ways = total = 1  # n over k for k = 0, and the sum of them up to `fewer`
-    for k in range(fewer):
-        ways = ways * (n - k) // (k + 1)
-        total += ways
-    return min(1.0, 2 * total / 2**n)
-
-
-def compare(groups: list[str], chosen: list[str], c) -> dict:
-    """eval.py --compare: prints a table of the chosen tasks, and returns what it says. c: the flags of eval.py.
-
-    A group is a method: one run, or its seeds (`runs_of`), whose mean counts. The table has each method's accuracy and,
-    over its seeds, the standard deviation; and the difference to the first method, paired by question, with a 95 %
-    bootstrap interval over questions (not over seeds). p is McNemar's, where both are single runs, over the questions
-    of all tasks together."""
-    methods = [[load_results(run, c) for run in runs_of(group)] for group in groups]
-    tasks = common_tasks(groups, methods, chosen)
-    runs = [run for method in methods for run in method]
-    left_out = {task for run in runs for task in run.summary["tasks"] if task in chosen} - set(tasks)
-    wrong, compared = setting_differences(methods)
-    for names, start in ((wrong, "WARNING: what should be the same differs: "), (compared, "compared: "),
-                         (sorted(left_out), "not evaluated for all, left out: ")):
-        if names:
-            print(start + "; ".join(names))
-    if not all(run.summary["settings"] for run in runs):
-        print("a base model or an adapter without a run's config.json is among them: its training is unknown")
-
-    # {task: a number for each question: how many of the method's seeds get it right, of 1}
-    hits = [{task: np.mean([run.hits[task] for run in method], axis=0) for task in tasks} for method in methods]
-    rows = {task: [] for task in [*tasks, "mean"]}
-    for method, method_hits in zip(methods, hits):
-        accuracies = {task: [100 * np.mean(run.hits[task]) for run in method] for task in tasks}  # of each seed
-        accuracies["mean"] = np.mean(list(accuracies.values()), axis=0)
-        difference = {task: method_hits[task] - hits[0][task] for task in tasks}
-        rng = np.random.default_rng(0)
-        draws = {task: bootstrap(difference[task], rng) for task in tasks}
-        draws["mean"] = np.mean(list(draws.values()), axis=0)
-        difference["mean"] = np.concatenate(list(difference.values()))  # for McNemar's p
-        for task, row in rows.items():
-            cell = {"accuracy": float(np.mean(accuracies[task])),
-                    "spread": float(np.std(accuracies[task], ddof=1)) if len(method) > 1 else None}
-            if method is not methods[0]:
-                cell["difference"] = cell["accuracy"] - row[0]["accuracy"]
-                cell["interval"] = np.percentile(draws[task], [2.5, 97.5]).tolist()
-                cell["p"] = mcnemar(difference[task]) if len(method) == len(methods[0]) == 1 else None
-            row.append(cell)
-    print(comparison_table(groups, rows, {task: len(hits[0][task]) for task in tasks}))
-    return {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
-
-
-def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str, int]) -> str:
-    """The rows of `compare` in Markdown, a line for each method; n: questions of each task. Differences are those of
-    the mean, or of the one task that --tasks names."""
-    tasks = rows if len(n) > 1 else n
-    counts = [f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks]
-    table = [["", *counts, "minus [1]", "95 % interval", "p"]]
-    for i, cell in enumerate(rows["mean"]):
-        line = [f"[{i + 1}]"]
-        for task in tasks:
-            spread = rows[task][i]["spread"]
-            line.append(f"{rows[task][i]['accuracy']:.2f}" + ("" if spread is None else f" ± {spread:.2f}"))
-        if i == 0:
-            line += ["", "", ""]
-        else:
-            p = "" if cell["p"] is None else f"{cell['p']:.4f}" if cell["p"] >= 1e-4 else "<0.0001"
-            line += [f"{cell['difference']:+.2f}", "{:+.2f} to {:+.2f}".format(*cell["interval"]), p]
-        table.append(line)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
-    legend = [f"[{i}] {', '.join(runs_of(group))}" for i, group in enumerate(groups, 1)]
-    return "\n".join([*legend, "", *text])
+def table(results: dict[str, dict], protocol: str) -> str:
+    """The results of several tasks as text, with the majority baseline beside them and their unweighted mean below."""
+    lines = [f"{'task':<14} {'n':>6} {'acc':>7} {'acc_norm':>9} {'95 % interval':>15} {'majority':>9} {'unparsed':>9} "
+             f"{'cut':>5}"]
+    rows = results | ({"mean": mean_result(results, protocol)} if len(results) > 1 else {})
+    for task, row in rows.items():
+        norm = f"{row['acc_norm']:.2f}" if "acc_norm" in row else "-"
+        low, high = row["interval"]
+        lines.append(f"{task:<14} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
+                     f"{row['majority']:>9.2f} {row['unparsed']:>9} {row['cut']:>5}")
+    return "\n".join(lines)

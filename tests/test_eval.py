@@ -13,6 +13,7 @@ import torch
 
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
+from data import compare as comparison
 from data import pictures, results
 from data.commonsense import label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
@@ -374,7 +375,7 @@ def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_pat
 
 @pytest.mark.parametrize("argv, message", [
     ([], "nothing to evaluate"),
-    (["--init", "x", "--tasks", "arc"], "unknown task 'arc'; expected all or boolq"),
+    (["--init", "x", "--tasks", "arc"], "--tasks arc: expected all or some of boolq"),
     (["--init", "x", "--protocol", "vibes"], "--protocol vibes: expected one of cloze, label, generate"),
     (["--init", "x", "--limit", "-1", "--max-len", "3", "--beams", "0"], "--limit -1.*--beams 0.*--max-len 3"),
     (["--run", "nowhere"], "nowhere: no such directory"),
@@ -420,9 +421,9 @@ def test_a_model_of_another_shape_is_named(llama, tmp_path):
 
 def test_mcnemar_and_bootstrap_by_hand():
     d = np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 90)
-    assert results.mcnemar(d) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
-    assert results.mcnemar(np.zeros(5)) == 1 and results.mcnemar(np.array([1.0, -1.0])) == 1
-    draws = results.bootstrap(d, np.random.default_rng(1))
+    assert comparison.mcnemar(d) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert comparison.mcnemar(np.zeros(5)) == 1 and comparison.mcnemar(np.array([1.0, -1.0])) == 1
+    draws = comparison.bootstrap(d, np.random.default_rng(1))
     assert draws.mean() == pytest.approx(6, abs=0.2)
     assert draws.std() == pytest.approx(100 * d.std() / 10, rel=0.05)
 

@@ -327,8 +327,8 @@ def test_A_starts_as_pefts_does():
     (dict(targets=("q_proj", "blocks.7.mlp.up_proj")), "no layer is named blocks.7.mlp.up_proj; this model has"),
     (dict(targets=("c_attn",)), "no layer is named c_attn; this model has down_proj, gate_proj, head, k_proj"),
     (dict(r=9), "r 9 is larger than the smallest adapted matrix side, 8"),
-    (dict(r=0), "r 0; expected a positive whole number"),
-    (dict(method="ia3", gate="soft"), "method 'ia3'; expected one of lora, dora, hira; gate 'soft'; expected one of"),
+    (dict(r=0), "r 0: expected a positive whole number"),
+    (dict(method="ia3", gate="soft"), "method 'ia3': expected one of lora, dora, hira; gate 'soft': expected one of"),
     (dict(gate="static", skip_closed=0.1), "skip_closed 0.1: hira with gate static has nothing to skip"),
     (dict(method="lora", skip_closed=0.1), "skip_closed 0.1: lora with gate token has nothing to skip"),
     (dict(dropout=1.0), "dropout 1.0"), (dict(alpha=-1.0), "alpha -1.0"), (dict(targets=()), "at least one layer name")])

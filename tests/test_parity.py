@@ -472,7 +472,7 @@ REFUSED = {
     r"q_proj has A \(4, 32\) and B \(32, 4\), expected \(r, in\) and \(out, r\) with r = 8": lambda d: change_config(d, r=8),
     "not supported: alpha_pattern {'v_proj': 16}": lambda d: change_config(d, alpha_pattern={"v_proj": 16}),
     "not supported: r 'four'": lambda d: change_config(d, r="four"),
-    "alpha -1.0; expected a positive number": lambda d: change_config(d, lora_alpha=-1.0),
+    "alpha -1.0: expected a positive number": lambda d: change_config(d, lora_alpha=-1.0),
     "adapter_model.safetensors: missing base_model.model.model.layers.0.self_attn.q_proj.lora_A":
         lambda d: change_tensors(d, lambda t: t.pop(Q)),
     "missing base_model.model.model.layers.0.self_attn.k_proj.lora_A":
@@ -616,7 +616,7 @@ def test_eval_exports_a_run(kind, llama, theirs, tmp_path):
         close(theirs(tmp_path / "out")(IDS).logits, model(IDS), 1e-5)  # merged in float32, the default on a CPU
     else:
         close(peft_model(theirs(llama), tmp_path / "out")(IDS).logits, model(IDS), 1e-5)
-    with pytest.raises(UserError, match="--export zip; expected hf or peft"):
+    with pytest.raises(UserError, match="--export zip: expected hf or peft"):
         evaluation.main(["--run", str(tmp_path / "run"), "--init", str(llama), "--export", "zip", "x"])
     inject_adapters(gated := Transformer.from_pretrained(llama), AdapterConfig(r=4))
     save_adapter(gated, tmp_path / "gated")

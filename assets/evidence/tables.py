@@ -15,7 +15,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))
 from data.pictures import draw_training  # noqa: E402
-from data.results import bootstrap  # noqa: E402
+from data.compare import bootstrap  # noqa: E402
 
 
 TITLES = {"boolq": "BoolQ", "piqa": "PIQA", "openbookqa": "OpenBookQA"}
