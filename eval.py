@@ -22,7 +22,6 @@ Writes results.json and predictions.jsonl (a line for each question), by default
 evaluation that was interrupted goes on where it was when started again.
 """
 import hashlib
-import math
 import os
 import platform
 import re
@@ -39,10 +38,13 @@ from tqdm import tqdm
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.compare import compare, runs_of
-from data.files import UserError, checksum, json_lines, unwritable, write_json
-from data.pictures import colour_legend, draw_gates, draw_training, gate_numbers, paint, read_metrics, write_gate_page
-from data.prepare import DEFAULT, TASKS, load_records, task_names
-from data.results import continued, correct, find_run, mean_result, results_name, table
+from data.files import UserError, base_fingerprint, checksum, json_lines, unwritable
+from data.output import export_problem, faults_told, renewed, written_whole
+from data.pictures import (GATE_PICTURES, colour_legend, draw_gates, draw_training, gate_numbers, paint, read_training,
+                           write_gate_page)
+from data.prepare import TASKS, load_records, task_names
+from data.results import (check_base, continued, find_data, find_run, mean_result, results_name, save_results, summarise,
+                          table)
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
@@ -51,6 +53,7 @@ from model import Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
 NEW_TOKENS = 32  # of a generated answer
+RULES = 2  # by which predictions are made; other ones are never mixed. Since 2, acc_norm counts all of a choice's spaces
 
 
 # ----------------------------------------------------------------------------------------------- scoring
@@ -149,26 +152,28 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
 
     earlier: {index: prediction} that need not be made again. file: open, gets every `chunk` of new ones as lines."""
     predictions = dict(earlier or {})
-    todo = [i for i in range(len(records)) if i not in predictions]
     training = model.training
     model.eval()
     title = f"{records[0]['task']} {protocol}" if records else protocol
     with tqdm(total=len(records), initial=len(predictions), desc=title, unit="q", leave=False,
               disable=quiet or None) as progress:
-        for start in range(0, len(todo), chunk):
-            numbers = todo[start:start + chunk]
-            part = [records[i] for i in numbers]
+        for start in range(0, len(records), chunk):
+            part = records[start:start + chunk]
+            missing = [i for i in range(start, start + len(part)) if i not in predictions]
+            if not missing:
+                continue
+            # The whole chunk even where some are there: what is computed together rounds together.
             if protocol == "generate":
                 new = generate_answers(model, tokenizer, part, max_len, beams)
             else:
                 new = rank_choices(model, tokenizer, part, protocol, max_len)
-            new = [{"task": record["task"], "index": i, "label": record["label"]} | prediction
-                   for i, record, prediction in zip(numbers, part, new)]
-            predictions |= zip(numbers, new)
+            new = {i: {"task": record["task"], "index": i, "label": record["label"]} | prediction
+                   for i, (record, prediction) in enumerate(zip(part, new), start) if i in missing}
+            predictions |= new
             if file is not None:
-                file.write(json_lines(new))
+                file.write(json_lines(new.values()))
                 file.flush()
-            progress.update(len(part))
+            progress.update(len(missing))
     model.train(training)
     predictions = [predictions[i] for i in range(len(records))]
     return summarise(predictions, protocol) | {"predictions": predictions}
@@ -176,37 +181,11 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
 
 # ----------------------------------------------------------------------------------------------- results
 
-def summarise(predictions: list[dict], protocol: str) -> dict:
-    """{"n", "acc", "acc_norm" (not of generate), "interval", "majority", "unparsed", "cut"} of one task's predictions.
-
-    Accuracies in percent; the interval is Wilson's for 95 %, of the accuracy to quote; majority: the share of the
-    commonest label, which a model that has learnt nothing else can reach; unparsed: generated texts without a label;
-    cut: questions that lost the start of their prompt."""
-    n = len(predictions)
-    result = {"n": n, "acc": 100 * sum(p["prediction"] == p["label"] for p in predictions) / max(1, n)}
-    if protocol != "generate":
-        result["acc_norm"] = 100 * sum(p["prediction_norm"] == p["label"] for p in predictions) / max(1, n)
-    commonest = max(Counter(p["label"] for p in predictions).values(), default=0)
-    return result | {"interval": wilson(sum(correct(p, protocol) for p in predictions), n),
-                     "majority": 100 * commonest / max(1, n),
-                     "unparsed": sum(p["prediction"] is None for p in predictions),
-                     "cut": sum(p["cut"] for p in predictions)}
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
-    """The 95 % interval of a proportion, in percent (Wilson 1927): unlike p ± z s it stays sensible near 0 and 100."""
-    if n == 0:
-        return [0.0, 100.0]
-    p, spread = hits / n, z * z / n
-    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
-    return [100 * (middle - half) / (1 + spread), 100 * (middle + half) / (1 + spread)]
-
-
 def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: dict, out: Path) -> None:
     """Evaluates {task: records} and keeps what is done in `out`, where it goes on if it was interrupted. summary: what
     becomes results.json, which gets the results."""
-    c = summary["configuration"]
-    with continued(out, summary) as (earlier, file):
+    c, sizes = summary["configuration"], {task: len(of_task) for task, of_task in records.items()}
+    with continued(out, summary, sizes) as (earlier, file):
         for task, task_records in records.items():
             if task in earlier:
                 print(f"{task}: {len(earlier[task]):,} predictions were already in {out}")
@@ -215,7 +194,7 @@ def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: di
             result.pop("predictions")  # these are in the file
             summary["tasks"][task] = result
             summary["mean"] = mean_result(summary["tasks"], c["protocol"])
-            write_json(out / "results.json", summary)
+            save_results(out, summary, file)
 
 
 # --------------------------------------------------------------------------- what the gates do, in numbers
@@ -262,10 +241,13 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
     each = max(2, 16 // len(records))  # on the page, as many as one reads
     numbers = gate_numbers(traces, names)
     title = f"{c.run}: {adapter.method} with a {adapter.gate} gate on {model.name_or_path}"
-    write_gate_page([trace for of_task in by_task for trace in of_task[:each]], names, title, out / "gates.html")
-    files = ["gates.html", *draw_gates(traces, names, title, out),
-             *draw_training({Path(c.run).name: read_metrics(c.run)}, out / "training.png")]
-    write_json(out / "gates.json", {"title": title, "form": form, "split": c.split, "gates": numbers})
+    training = read_training({Path(c.run).name: c.run})
+    files = ["gates.json", "gates.html", *GATE_PICTURES, *(["training.png"] if training else [])]
+    about = {"title": title, "form": form, "split": c.split, "limit": c.limit, "gates": numbers}
+    with renewed(out, files, about, same=("title", "form", "split", "limit")):
+        write_gate_page([trace for of_task in by_task for trace in of_task[:each]], names, title, out / "gates.html")
+        draw_gates(traces, names, title, out)
+        draw_training(training, out / "training.png")
     for phase in ("prompt", "answer"):
         if (seen := numbers[phase])["tokens"]:
             print(f"{phase}: mean gate {seen['mean']:.3f} over {seen['tokens']:,} tokens; {seen['below_0.05']:.1%} "
@@ -274,7 +256,7 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
                   + ", ".join(f"{name} {value:.2f}" for name, value in seen["projections"].items()))
     if numbers["cut"]:
         print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")
-    print(f"wrote {out}/gates.json, {', '.join(files)}")
+    print(f"wrote {out}/{', '.join(files)}")
     return {"gates": numbers}
 
 
@@ -330,7 +312,7 @@ class Settings:
     tasks: str = ""                 # all, or some of boolq,piqa,...; default the run's own, or all
     split: str = "test"             # val: the part of the training sets that train.py leaves out, to choose settings
     limit: int = 0                  # the first so many questions of each task; 0: all
-    data: str = ""                  # a directory of <task>/{train,test}.jsonl; default data/commonsense
+    data: str = ""                  # a directory of <task>/{train,test}.jsonl; default the run's, or data/commonsense
     # how
     protocol: str = ""              # default: the run's own form, cloze for a base model
     beams: int = 4                  # of --protocol generate; 1 is greedy
@@ -368,8 +350,7 @@ def parse(argv: list[str]) -> Settings:
     rules += [(c.run or not c.init or name not in given, f"{flag(name)} needs --run DIRECTORY")
               for name in ("gates", "export", "skip_closed")]
     wrong += [message for fine, message in rules if not fine]
-    target = c.export[-1] if c.export else c.out or c.run or "out"
-    if not c.compare and (problem := unwritable(Path(target), empty=bool(c.export))):
+    if problem := export_problem(Path(c.export[-1])) if c.export else unwritable(Path(c.out)) if c.out else None:
         wrong.append(f"--{'export' if c.export else 'out'} {problem}")
     wrong += device_problems(c.device)
     if wrong:
@@ -388,29 +369,34 @@ def compare_runs(c: Settings) -> dict:
     """eval.py --compare: one table, printed, returned and kept in compare.json, with a picture of the runs' losses."""
     out = Path(c.out or "out/compare")
     result = compare(c.compare, task_names(c.tasks or "all"), c)
-    write_json(out / "compare.json", result)
-    runs = [run for group in c.compare for run in runs_of(group)]
-    drawn = draw_training({run: read_metrics(run) for run in runs}, out / "losses.png")
-    print(f"wrote {', '.join(str(out / name) for name in ['compare.json', *drawn])}")
+    training = read_training({run: run for group in c.compare for run in runs_of(group)})
+    files = ["compare.json", *(["losses.png"] if training else [])]
+    with renewed(out, files, result, same=("runs",)):
+        draw_training(training, out / "losses.png")
+    print(f"wrote {', '.join(str(out / name) for name in files)}")
     return result
 
 
 def export(model: Transformer, base: str, layout: str, directory: str) -> dict:
     """eval.py --export: the adapter in peft's layout, or the merged model in Hugging Face's."""
-    if layout == "peft":
-        export_peft(model, directory)
-    else:
-        merge_adapters(model)
-        save_pretrained(model, directory, base)
+    with written_whole(Path(directory)) as whole:
+        if layout == "peft":
+            export_peft(model, whole)
+        else:
+            merge_adapters(model)
+            save_pretrained(model, whole, base)
     print(f"wrote {directory}")
     return {}
 
 
 def main(argv: list[str] | None = None) -> dict:
     c = parse(sys.argv[1:] if argv is None else argv)
-    if c.compare:
-        return compare_runs(c)
+    with faults_told(c):
+        return compare_runs(c) if c.compare else run_model(c)
 
+
+def run_model(c: Settings) -> dict:
+    """All of eval.py that needs a model."""
     # What is asked for: by flags, else by the run's own settings.
     adapter, facts = find_run(c) if c.run else (None, {})
     settings = facts.get("config", {})
@@ -422,7 +408,12 @@ def main(argv: list[str] | None = None) -> dict:
     device, dtype = pick_device(c.device, "float32" if c.export and c.dtype == "auto" else c.dtype)
     limit = c.limit or (10 if c.gates else None)
     needed = [] if c.export or c.prompt else task_names(tasks)
-    records = {task: load_records(task, c.split, c.data or DEFAULT)[:limit] for task in needed}
+    data = find_data(c, settings) if needed else None
+    name = c.adapter if c.run else Path(base).name.removesuffix(".gguf")
+    out = Path(c.out) if c.out else Path(c.run or "out") / "eval" / results_name(name, protocol, c)
+    if needed and (problem := unwritable(out)):
+        raise UserError(f"--out {problem}")
+    records = {task: load_records(task, c.split, data)[:limit] for task in needed}
     for record in sum(records.values(), []):
         to_text(record, form)  # one without a text is refused before all else
 
@@ -435,8 +426,8 @@ def main(argv: list[str] | None = None) -> dict:
     room = prompt_room(model, max_len)
     if room < 16 and (protocol == "generate" or c.gates or c.prompt):
         raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
-    # The start of each weight tells one base from another, at no cost.
-    base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
+    base_hash = base_fingerprint(model)
+    check_base(c, facts, base, base_hash, dtype)
     if adapter is not None:
         load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))
 
@@ -445,22 +436,20 @@ def main(argv: list[str] | None = None) -> dict:
         return export(model, base, *c.export)
     if c.prompt:
         return show_decoding(model, tokenizer, c.prompt.replace("\\n", "\n"), room)
-    name = c.adapter if c.run else Path(base).name.removesuffix(".gguf")
-    out = Path(c.out) if c.out else Path(c.run or "out") / "eval" / results_name(name, protocol, c)
     if c.gates:
         return show_gates(model, tokenizer, records, form, max_len, c, out)
     print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol}, {sum(map(len, records.values())):,} questions "
-          f"({c.split})")
+          f"({c.split}) of {data}")
     trained = {name: p.detach().cpu() for name, p in adapter_state(model).items()}
     configuration = {
-        "base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
+        "rules": RULES, "base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
         "adapter_sha256": checksum(trained) if trained else None, "protocol": protocol, "split": c.split,
         "limit": c.limit, "max_len": max_len, "beams": c.beams if protocol == "generate" else None,
         "dtype": str(dtype), "torch": torch.__version__}
     summary = {
         "configuration": configuration, "adapter": str(adapter) if adapter else None,
         "settings": settings | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
-        "python": platform.python_version(), "device": str(device),
+        "python": platform.python_version(), "device": str(device), "data_directory": str(data),
         "data": {task: hashlib.sha256(json_lines(lines).encode()).hexdigest() for task, lines in records.items()},
         "tasks": {}}
     evaluate_tasks(model, tokenizer, records, summary, out)

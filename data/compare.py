@@ -1,11 +1,13 @@
 """Whether evaluated runs differ: eval.py --compare."""
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.cli import flag
 from data.files import UserError, read_json
-from data.results import correct, read_predictions, results_name
+from data.results import check_results, correct, read_predictions, results_name, run_facts
 
 
 def runs_of(group: str) -> list[str]:
@@ -20,16 +22,18 @@ def find_results(run: str, c) -> Path:
     directory = Path(run)
     if (directory / "predictions.jsonl").exists():
         return directory
-    facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-    protocol = c.protocol or facts.get("config", {}).get("form", "cloze")
+    protocol = c.protocol or run_facts(directory / "config.json").get("config", {}).get("form", "cloze")
     chosen = directory / "eval" / results_name(c.adapter, protocol, c)
     if (chosen / "predictions.jsonl").exists():
         return chosen
     there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
     advice = f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
              f"{run}/eval/NAME; or evaluate it " if there else ""
-    raise UserError(f"{run}: no results called {chosen.name} there; {advice}first: python eval.py --run {run}"
-                    + (f" --limit {c.limit}" if c.limit else ""))
+    usual = {"adapter": "best", "protocol": "", "split": "test", "beams": 4, "limit": 0, "skip_closed": None, "data": ""}
+    given = {name: getattr(c, name) for name, value in usual.items() if getattr(c, name) != value}
+    flags = [word for name, value in given.items() for word in (flag(name), str(value))]
+    raise UserError(f"{run}: no results called {chosen.name} there; {advice}first: "
+                    + shlex.join(["python", "eval.py", "--run", run, *flags]))
 
 
 class Results(NamedTuple):
@@ -40,10 +44,11 @@ class Results(NamedTuple):
 
 def load_results(run: str, c) -> Results:
     directory = find_results(run, c)
-    summary, found = read_json(directory / "results.json"), read_predictions(directory)
-    if not {"configuration", "settings", "data", "tasks"} <= summary.keys():
-        raise UserError(f"{directory}/results.json: of another version of eval.py; evaluate again")
-    if short := [task for task, result in summary["tasks"].items() if len(found.get(task, ())) != result["n"]]:
+    summary = read_json(directory / "results.json")
+    check_results(summary, directory / "results.json")
+    found, _ = read_predictions(directory, summary)
+    if short := [task for task, result in summary["tasks"].items()
+                 if len(found.get(task, ())) != result["n"] or max(found[task]) >= result["n"]]:
         raise UserError(f"{directory}: predictions of {', '.join(short)} are missing; evaluate again")
     protocol = summary["configuration"]["protocol"]
     return Results(summary, {task: [float(correct(found[task][i], protocol)) for i in sorted(found[task])]
@@ -63,16 +68,17 @@ UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "l
 def common_tasks(groups: list[str], methods: list[list[Results]], chosen: list[str]) -> list[str]:
     """The chosen tasks that all runs have. UserError where runs cannot be paired by question."""
     for group, method in zip(groups, methods):
-        seeds = [run.summary["settings"]["seed"] for run in method if run.summary["settings"]]
+        seeds = [str(run.summary["settings"]["seed"]) for run in method if "seed" in (run.summary["settings"] or {})]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{group}: two of {', '.join(runs_of(group))} have the same seed; name one of each seed, "
                             "with commas between (train.py moves an earlier run aside, to NAME-1)")
     summaries = [run.summary for method in methods for run in method]
-    for name in ("protocol", "split", "beams"):
-        if len(values := {str(summary["configuration"][name]) for summary in summaries}) > 1:
+    for name in ("protocol", "split", "beams", "rules"):
+        if len(values := {str(summary["configuration"].get(name)) for summary in summaries}) > 1:
             raise UserError(f"these cannot be compared: their {name} is {' and '.join(sorted(values))}")
     tasks = [task for task in summaries[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in summaries)]
-    if other := [task for task in tasks if len({summary["data"][task] for summary in summaries}) > 1]:
+    if other := [task for task in tasks
+                 if len({(summary["data"][task], summary["tasks"][task]["n"]) for summary in summaries}) > 1]:
         raise UserError(f"these cannot be paired: the questions of {', '.join(other)} differ; evaluate all with the "
                         "same --limit and --data")
     if not tasks:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import write_atomically
+from data.files import UserError, is_number, parse_json, write_atomically
 
+GATE_PICTURES = ("gates-layers.png", "gates-histogram.png", "gates-position.png")
 COLOURS = "#3b6ea8", "#d9622b"  # of prompt and answer
 RAMP = (231, 230, 229, 222, 215, 208, 202)  # of a terminal's 256 colours, from white (closed) to orange (open)
 
@@ -73,20 +74,26 @@ def write_gate_page(traces: list[dict], names: list[str], title: str, path: Path
 
 def new_figure(rows: int, height: float):
     """A figure 8 inches wide and its rows. matplotlib is only imported by those who want pictures."""
+    import matplotlib
     from matplotlib.figure import Figure
+    matplotlib.rcParams["text.parse_math"] = False  # a path may hold a $
     figure = Figure(figsize=(8, height), dpi=110, layout="constrained")
     return figure, figure.subplots(rows, squeeze=False)[:, 0]
 
 
-def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> list[str]:
-    """Writes gates-layers.png, gates-histogram.png and gates-position.png, and returns these names."""
+def save(figure, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_gates(traces: list[dict], names: list[str], title: str, out: Path) -> None:
+    """Writes GATE_PICTURES."""
     titles = "prompt (prefill)", "generated answer (decode)"
     phases = [(f"{phase}, {g.shape[1]:,} tokens", g, colour)
               for phase, g, colour in zip(titles, by_phase(traces).values(), COLOURS) if g.shape[1]]
-    draw_layers(phases, names, title, out / "gates-layers.png")
-    draw_histogram(phases, title, out / "gates-histogram.png")
-    draw_positions(traces, title, out / "gates-position.png")
-    return ["gates-layers.png", "gates-histogram.png", "gates-position.png"]
+    layers, histogram, positions = (out / name for name in GATE_PICTURES)
+    draw_layers(phases, names, title, layers)
+    draw_histogram(phases, title, histogram)
+    draw_positions(traces, title, positions)
 
 
 def draw_layers(phases: list[tuple], names: list[str], title: str, path: Path) -> None:
@@ -105,7 +112,7 @@ def draw_layers(phases: list[tuple], names: list[str], title: str, path: Path) -
     axes[-1].set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="mean gate (0 closed, 1 open)")
     figure.suptitle(title)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_histogram(phases: list[tuple], title: str, path: Path) -> None:
@@ -118,7 +125,7 @@ def draw_histogram(phases: list[tuple], title: str, path: Path) -> None:
         axis.stairs(100 * share / g.numel(), edges, color=colour, label=f"{phase}\n{near}")
     axis.set(title=title, xlabel="gate", ylabel="% of gates", xlim=(0, 1))
     axis.legend(fontsize=8)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_positions(traces: list[dict], title: str, path: Path) -> None:
@@ -139,24 +146,49 @@ def draw_positions(traces: list[dict], title: str, path: Path) -> None:
     axis.set(title=title, ylim=(0, 1), ylabel="gate",
              xlabel="token, counted from the answer's first (as far as a quarter of the questions reach)")
     axis.legend(fontsize=8)
-    figure.savefig(path)
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------- training
 
+DRAWN = ("loss", "validation_loss", "entropy", "gate_prompt", "gate_answer")
+
+
 def read_metrics(run: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    """The lines of a run's metrics.jsonl; none if there is no such file. UserError for a damaged one."""
     file = Path(run) / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.is_file() else []  # a last line without an end is not whole
-    return [json.loads(line) for line in lines]
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # a last line without an end is not whole
+    found = []
+    for number, text in enumerate(lines, 1):
+        line = parse_json(text, f"{file}, line {number}")
+        drawn = [name for name in DRAWN if isinstance(line, dict) and name in line]
+        if not isinstance(line, dict) or not all(is_number(line.get(name), -1e9, 1e9)
+                                                 for name in (*drawn, *(["step"] if drawn else []))):
+            raise UserError(f"{file}, line {number}: not what train.py writes")
+        found.append(line)
+    return found
 
 
-def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
-    """Loss, and where there are gates their entropy and means, over training. runs: {name: the lines of metrics.jsonl}.
-    Returns the names of the files it wrote: one, or none where no run has a loss."""
-    runs = {name: lines for name, lines in runs.items() if any("loss" in line for line in lines)}
+def read_training(runs: dict[str, str]) -> dict[str, list[dict]]:
+    """{name: the lines of metrics.jsonl} of those runs, {name: directory}, that have losses to draw. A damaged file is
+    told, and stops nothing: it is only for a picture."""
+    found = {}
+    for name, run in runs.items():
+        try:
+            lines = read_metrics(run)
+        except UserError as error:
+            print(f"{error}; its losses are not drawn")
+            continue
+        if any("loss" in line for line in lines):
+            found[name] = lines
+    return found
+
+
+def draw_training(runs: dict[str, list[dict]], path: Path) -> None:
+    """Loss, and where there are gates their entropy and means, over training. runs: what `read_training` returns; where
+    there are none, nothing is drawn."""
     if not runs:
-        return []
+        return
     gated = any("gate_prompt" in line for lines in runs.values() for line in lines)
     figure, (loss, *others) = new_figure(3 if gated else 1, 6.6 if gated else 3.4)
     for i, (name, lines) in enumerate(runs.items()):
@@ -177,8 +209,7 @@ def draw_training(runs: dict[str, list[dict]], path: Path) -> list[str]:
     if gated:
         others[0].set(ylabel="gate entropy, bits", ylim=(0, 1.02))
         others[1].set(ylabel="mean gate (solid: on\nprompts, dashed: answers)", ylim=(0, 1), xlabel="step")
-    figure.savefig(path)
-    return [path.name]
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------ a terminal

@@ -1,15 +1,23 @@
 """Predictions and results on disk, and the table of them.
 
 An evaluation is a directory: predictions.jsonl has a line for each question, and results.json the configuration, a
-digest of each task's records, and the accuracies.
+digest of each task's records, the accuracies, and a digest of the predictions that they count.
 """
 import contextlib
-import json
+import hashlib
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
-from data.files import UserError, claim, json_lines, move_aside, read_json, write_atomically, write_json
+import torch
+
+from data.commonsense import FORMS
+from data.files import UserError, is_number, parse_json, read_file, read_json, write_json
+from data.output import claimed, read_ours, set_aside
+from data.prepare import DEFAULT
+
+EVALUATION = ("results.json", "predictions.jsonl")
 
 
 def accuracy_key(protocol: str) -> str:
@@ -23,68 +31,165 @@ def correct(prediction: dict, protocol: str) -> bool:
     return prediction[chosen] == prediction["label"]
 
 
+def summarise(predictions: list[dict], protocol: str) -> dict:
+    """{"n", "acc", "acc_norm" (not of generate), "interval", "majority", "unparsed", "cut"} of one task's predictions.
+
+    Accuracies in percent; the interval is Wilson's for 95 %, of the accuracy to quote; majority: the share of the
+    commonest label, which a model that has learnt nothing else can reach; unparsed: generated texts without a label;
+    cut: questions that lost the start of their prompt."""
+    n = len(predictions)
+    result = {"n": n, "acc": 100 * sum(p["prediction"] == p["label"] for p in predictions) / max(1, n)}
+    if protocol != "generate":
+        result["acc_norm"] = 100 * sum(p["prediction_norm"] == p["label"] for p in predictions) / max(1, n)
+    commonest = max(Counter(p["label"] for p in predictions).values(), default=0)
+    return result | {"interval": wilson(sum(correct(p, protocol) for p in predictions), n),
+                     "majority": 100 * commonest / max(1, n),
+                     "unparsed": sum(p["prediction"] is None for p in predictions),
+                     "cut": sum(p["cut"] for p in predictions)}
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
+    """The 95 % interval of a proportion, in percent (Wilson 1927): unlike p ± z s it stays sensible near 0 and 100."""
+    if n == 0:
+        return [0.0, 100.0]
+    p, spread = hits / n, z * z / n
+    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / n + spread / (4 * n))
+    return [100 * (middle - half) / (1 + spread), 100 * (middle + half) / (1 + spread)]
+
+
 # ------------------------------------------------------------------------------------ predictions on disk
 
 @contextlib.contextmanager
-def claimed(directory: Path):
-    """Nobody else evaluates into a directory meanwhile."""
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        claim(handle, directory)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def continued(out: Path, summary: dict):
+def continued(out: Path, summary: dict, sizes: dict[str, int]):
     """Opens an evaluation in `out`, which goes on where it was if it was interrupted. Yields what is there already,
-    {task: {index: prediction}}, and the open file for what follows. summary: what becomes results.json."""
-    with claimed(out):
-        earlier = earlier_predictions(out, summary)
-        write_json(out / "results.json", summary)
-        whole = json_lines([line for predictions in earlier.values() for line in predictions.values()])
-        write_atomically(out / "predictions.jsonl", lambda path: path.write_text(whole))
-        with open(out / "predictions.jsonl", "a") as file:
+    {task: {index: prediction}}, and the open file for what follows. summary: what becomes results.json. sizes: how many
+    questions each task has."""
+    with claimed(out, EVALUATION):
+        earlier = earlier_predictions(out, summary, sizes)
+        with open(out / "predictions.jsonl", "a") as file:  # first: results.json never stands alone
+            save_results(out, summary, file)
             yield earlier, file
 
 
-def earlier_predictions(out: Path, summary: dict) -> dict[str, dict[int, dict]]:
+def save_results(out: Path, summary: dict, file) -> None:
+    """Writes results.json when the predictions that it counts are on the disk. Its digest of them goes on being right
+    while lines are appended."""
+    file.flush()
+    os.fsync(file.fileno())
+    content = (out / "predictions.jsonl").read_bytes()
+    summary["predictions"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(out / "results.json", summary)
+
+
+def earlier_predictions(out: Path, summary: dict, sizes: dict[str, int]) -> dict[str, dict[int, dict]]:
     """The predictions of an earlier evaluation in `out` if it was of the very same thing: model, adapter's contents,
-    protocol and records. The results of its other tasks join `summary`. Any other evaluation is moved aside and not
-    mixed in."""
-    if not (out / "results.json").exists():
+    protocol and records. The results of its other tasks join `summary`. Anything else is moved aside and not mixed in."""
+    results, predictions = (out / name for name in EVALUATION)
+    old = read_ours(results, {"configuration", "data", "tasks"})
+    if old is None:
+        if results.exists() or predictions.exists() and predictions.stat().st_size:
+            set_aside(out, EVALUATION, "files that are no evaluation")
         return {}
-    old = read_json(out / "results.json")
-    configuration, digests = old.get("configuration", {}), old.get("data", {})
+    configuration, digests = old["configuration"], old["data"]
+    if not (isinstance(configuration, dict) and isinstance(digests, dict)):
+        check_results(old, results)
     differ = [name for name, value in summary["configuration"].items() if configuration.get(name) != value]
     differ += [f"{task}'s records" for task, digest in summary["data"].items() if digests.get(task, digest) != digest]
-    if not differ:
-        summary |= {name: old[name] | summary[name] for name in ("data", "tasks")}
-        return read_predictions(out)
-    files = [out / name for name in ("predictions.jsonl", "results.json")]  # in this order, a kill loses nothing
-    aside = " and ".join(str(move_aside(file)) for file in files if file.exists())
-    print(f"{out} held another evaluation ({', '.join(differ)} differ), which is now in {aside}")
-    return {}
-
-
-def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
-    """{task: {index: prediction}} of predictions.jsonl."""
-    file, found = directory / "predictions.jsonl", {}
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # a last line without an end is not whole
-    for number, line in enumerate(lines, 1):
-        try:
-            prediction = json.loads(line)
-            if not {"label", "prediction", "cut"} <= prediction.keys():
-                raise ValueError
-            found.setdefault(prediction["task"], {})[prediction["index"]] = prediction
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}, line {number}: not a prediction; delete {directory} and evaluate again") from None
+    if differ or not predictions.exists():
+        what = f"another evaluation ({', '.join(differ)} differ)" if differ else "results without their predictions"
+        set_aside(out, EVALUATION, what)
+        return {}
+    check_results(old, results)
+    found, size = read_predictions(out, old)
+    if wrong := [task for task, of_task in found.items() if max(of_task) >= sizes.get(task, math.inf)]:
+        raise UserError(f"{predictions}: more predictions of {', '.join(wrong)} than questions; {AGAIN}")
+    os.truncate(predictions, size)  # a last line without an end is not whole
+    summary |= {name: old[name] | summary[name] for name in ("data", "tasks")}
     return found
 
 
+NO_DIGEST = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # of evaluations before there was one
+AGAIN = "move it and the file beside it away, and evaluate again"
+
+
+def check_results(found: dict, file: Path) -> None:
+    """UserError for a results.json that is damaged, or of another version: every field that something relies on."""
+    if missing := {"configuration", "settings", "data", "tasks"} - found.keys():
+        raise UserError(f"{file}: of another version of eval.py, without {', '.join(sorted(missing))}; {AGAIN}")
+    c, data, tasks = (found[name] for name in ("configuration", "data", "tasks"))
+    digest = found.get("predictions", NO_DIGEST)
+    wrong = [name for name in ("configuration", "data", "tasks") if not isinstance(found[name], dict)]
+    if not wrong:
+        norm = () if c.get("protocol") == "generate" else ("acc_norm",)
+        rules = {
+            "configuration": all(isinstance(c.get(name), str) for name in ("base_sha256", "dtype", "protocol", "split"))
+            and c["protocol"] in (*FORMS, "generate"),
+            "settings": found["settings"] is None or isinstance(found["settings"], dict),
+            "data": all(isinstance(digest, str) for digest in data.values()),
+            "tasks": tasks.keys() <= data.keys() and all(
+                isinstance(task, dict) and is_count(task.get("n")) and task["n"] > 0
+                and all(is_count(task.get(name)) for name in ("unparsed", "cut"))
+                and all(is_number(task.get(name), 0, 100) for name in ("acc", "majority", *norm))
+                and isinstance(task.get("interval"), list) and len(task["interval"]) == 2
+                and all(is_number(end, -1e-6, 100 + 1e-6) for end in task["interval"]) for task in tasks.values()),
+            "predictions": isinstance(digest, dict) and is_count(digest.get("bytes"))
+            and isinstance(digest.get("sha256"), str)}
+        wrong = [name for name, fine in rules.items() if not fine]
+    if wrong:
+        raise UserError(f"{file}: damaged, its {' and '.join(wrong)} cannot be what eval.py wrote; {AGAIN}")
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_prediction(value, protocol: str) -> bool:
+    """Whether what a line of predictions.jsonl says is a prediction of this protocol."""
+    if not (isinstance(value, dict) and isinstance(value.get("task"), str) and isinstance(value.get("cut"), bool)
+            and is_count(value.get("index")) and is_count(value.get("label"))):
+        return False
+    if protocol == "generate":
+        return isinstance(value.get("text"), str) and (is_count(chosen := value.get("prediction", "")) or chosen is None)
+    scores, choices = value.get("scores"), [value["label"], value.get("prediction"), value.get("prediction_norm")]
+    return (isinstance(scores, list) and all(type(score) is float for score in scores)
+            and all(is_count(choice) and choice < len(scores) for choice in choices))
+
+
+def read_predictions(directory: Path, results: dict) -> tuple[dict[str, dict[int, dict]], int]:
+    """({task: {index: prediction}}, how many bytes their whole lines are) of predictions.jsonl beside results.json."""
+    file, found, protocol = directory / "predictions.jsonl", {}, results["configuration"]["protocol"]
+    content = read_file(file)
+    content = content[:content.rfind(b"\n") + 1]
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            prediction = parse_json(line, file)
+        except UserError:
+            prediction = None
+        if not is_prediction(prediction, protocol) or prediction["task"] not in results["data"]:
+            raise UserError(f"{file}, line {number}: not a prediction; {AGAIN}")
+        of_task = found.setdefault(prediction["task"], {})
+        if prediction["index"] in of_task:
+            raise UserError(f"{file}, line {number}: a second prediction for the same question; {AGAIN}")
+        of_task[prediction["index"]] = prediction
+    digest = results.get("predictions", NO_DIGEST)
+    if hashlib.sha256(content[:digest["bytes"]]).hexdigest() != digest["sha256"]:
+        raise UserError(f"{file}: not the predictions that results.json counts, it was changed or damaged; {AGAIN}")
+    return found, len(content)
+
+
 # ---------------------------------------------------------------------------------- finding runs and results
+
+def run_facts(file: Path) -> dict:
+    """What the config.json of a run says, {} if there is none; every setting that eval.py follows is checked."""
+    facts = read_json(file) if file.exists() else {}
+    settings = facts.get("config", {})
+    kinds = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}
+    if not (isinstance(settings, dict) and all(type(settings.get(name, kind())) is kind for name, kind in kinds.items())
+            and settings.get("form", FORMS[0]) in FORMS and settings.get("max_len", 16) >= 16
+            and isinstance(facts.get("base_sha256", ""), str)):
+        raise UserError(f"{file}: not the config.json of a run")
+    return facts
+
 
 def find_run(c) -> tuple[Path, dict]:
     """(The directory of the adapter, the run's config.json) of --run, which may also name one of a run's adapters.
@@ -92,21 +197,34 @@ def find_run(c) -> tuple[Path, dict]:
     run = Path(c.run)
     if not run.is_dir():
         raise UserError(f"{run}: no such directory")
-    file = next((file for file in (run / "config.json", run.parent / "config.json") if file.exists()), None)
-    facts = read_json(file) if file else {}
-    settings, kinds = facts.get("config", {}), {"init": str, "tasks": str, "form": str, "max_len": int}
-    if not (isinstance(settings, dict)
-            and all(isinstance(settings.get(name, kind()), kind) for name, kind in kinds.items())):
-        raise UserError(f"{file}: not the config.json of a run")
+    facts = run_facts(run / "config.json" if (run / "config.json").exists() else run.parent / "config.json")
     files = "adapter.safetensors", "adapter_config.json"  # ours, peft's
     found = [directory for directory in (run / c.adapter, run) if any((directory / name).exists() for name in files)]
     if not found:
         last = "; last/ is there, of a run that has not ended: add --adapter last"
         raise UserError(f"{run}: no adapter there; looked for {run / c.adapter}/adapter.safetensors"
                         + (last if (run / "last" / "adapter.safetensors").exists() else ""))
-    if not (c.init or settings.get("init")):
+    if not (c.init or facts.get("config", {}).get("init")):
         raise UserError(f"{run}: no config.json that names the base model; pass --init")
     return found[0], facts
+
+
+def find_data(c, settings: dict) -> Path:
+    """The directory of the records to score: --data, else what the run was trained on."""
+    data = Path(c.data or settings.get("data") or DEFAULT)
+    if not c.data and data != DEFAULT and not data.is_dir():
+        raise UserError(f"{data}: no such directory, from which {c.run} had its records (seen from where train.py was "
+                        "started); pass --data DIRECTORY")
+    return data
+
+
+def check_base(c, facts: dict, base: str, fingerprint: str, dtype: torch.dtype) -> None:
+    """UserError if a run was trained on another base than the one that is loaded. A base of float32 in float16 is
+    rounded twice on its way to its fingerprint, so those of float16 tell something among themselves alone."""
+    comparable = (facts.get("dtype") == "torch.float16") == (dtype == torch.float16)
+    if comparable and facts.get("base_sha256", fingerprint) != fingerprint:
+        raise UserError(f"{base}: its weights are not those that {c.run} was trained on ({facts.get('config', {}).get('init')} "
+                        "at that time); pass --init with that base")
 
 
 def results_name(adapter: str, protocol: str, c) -> str:

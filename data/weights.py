@@ -4,7 +4,6 @@ A model is a directory with config.json, *.safetensors and tokenizer files, or o
 becomes a dict of TransformerConfig's fields, its weights (name, tensor) pairs by the names of model.py. Whatever this
 transformer does not compute is refused by name, and loading leaves no weight unread.
 """
-import json
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.download import find_model
-from data.files import UserError, listed, read_json, reading
+from data.files import UserError, listed, read_json, reading, write_atomically, write_json
 from data.gguf import GGUF, split_block
 from data.hub import shards
 from data.tokenizer import write_gguf_tokenizer
@@ -247,8 +246,8 @@ def save_pretrained(model: nn.Module, directory, source: str) -> None:
     raw.pop("dtype", None)
     raw["torch_dtype"] = str(model.embed.weight.dtype).removeprefix("torch.")
     raw["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    write_atomically(directory / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    write_json(directory / "config.json", raw)  # last: without it, nobody takes the directory for a model
 
 
 def llama_json(config, source: Path) -> dict:

@@ -174,9 +174,9 @@ def test_a_long_prompt_is_cut_and_counted(llama):
 
 
 def test_the_interval_is_wilsons():
-    assert evaluation.wilson(5, 10) == pytest.approx([23.66, 76.34], abs=0.01)      # published example values
-    assert evaluation.wilson(0, 10) == pytest.approx([0, 27.75], abs=0.01)
-    assert evaluation.wilson(0, 0) == [0, 100]
+    assert results.wilson(5, 10) == pytest.approx([23.66, 76.34], abs=0.01)      # published example values
+    assert results.wilson(0, 10) == pytest.approx([0, 27.75], abs=0.01)
+    assert results.wilson(0, 0) == [0, 100]
 
 
 # --------------------------------------------------------------------------------------------- generation
@@ -481,8 +481,10 @@ def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
         (tmp_path / name).mkdir()
         configuration = {"base_sha256": "b", "dtype": "d", "protocol": "label", "split": "test", "beams": None, "limit": 0}
         (tmp_path / name / "results.json").write_text(json.dumps({
-            "configuration": configuration, "settings": None, "data": {"piqa": "x"}, "tasks": {"piqa": {"n": 100}}}))
-        predictions = [{"task": "piqa", "index": i, "prediction": 0, "cut": False, "label": int(i >= right)} for i in range(100)]
+            "configuration": configuration, "settings": None, "data": {"piqa": "x"},
+            "tasks": {"piqa": results.summarise([], "label") | {"n": 100}}}))
+        predictions = [{"task": "piqa", "index": i, "label": int(i >= right), "scores": [0.0, -1.0], "prediction": 0,
+                        "prediction_norm": 0, "cut": False} for i in range(100)]
         lines = "".join(json.dumps(prediction) + "\n" for prediction in reversed(predictions))
         (tmp_path / name / "predictions.jsonl").write_text(lines)
     result = program("--compare", *(tmp_path / name for name in "abc"), "--out", tmp_path / "table")
