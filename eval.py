@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.compare import compare, runs_of
-from data.files import UserError, base_fingerprint, checksum, json_lines, unwritable
+from data.files import UserError, checksum, fingerprint, json_lines, unwritable
 from data.output import export_problem, faults_told, renewed, written_whole
 from data.pictures import (GATE_PICTURES, colour_legend, draw_gates, draw_training, gate_numbers, paint, read_training,
                            write_gate_page)
@@ -426,7 +426,7 @@ def run_model(c: Settings) -> dict:
     room = prompt_room(model, max_len)
     if room < 16 and (protocol == "generate" or c.gates or c.prompt):
         raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
-    base_hash = base_fingerprint(model)
+    base_hash = fingerprint(model.named_parameters())
     check_base(c, facts, base, base_hash, dtype)
     if adapter is not None:
         load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))

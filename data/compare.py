@@ -47,9 +47,6 @@ def load_results(run: str, c) -> Results:
     summary = read_json(directory / "results.json")
     check_results(summary, directory / "results.json")
     found, _ = read_predictions(directory, summary)
-    if short := [task for task, result in summary["tasks"].items()
-                 if len(found.get(task, ())) != result["n"] or max(found[task]) >= result["n"]]:
-        raise UserError(f"{directory}: predictions of {', '.join(short)} are missing; evaluate again")
     protocol = summary["configuration"]["protocol"]
     return Results(summary, {task: [float(correct(found[task][i], protocol)) for i in sorted(found[task])]
                              for task in summary["tasks"]})

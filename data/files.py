@@ -163,6 +163,12 @@ def read_tensors(file: Path, with_info: bool = False):
     return (tensors, info) if with_info else tensors
 
 
+def fingerprint(parameters) -> str:
+    """Tells a base model from another, at no cost, by the first values of each of its (name, parameter): in bfloat16, so
+    that loaded in float32 or bfloat16 it is the same."""
+    return checksum({name: p.detach().flatten()[:64].to(torch.bfloat16).cpu() for name, p in parameters})
+
+
 def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
     """SHA-256 of names, values and text: safetensors itself notices a file cut short, but not a flipped byte."""
     digest = hashlib.sha256(info.encode())
@@ -170,12 +176,6 @@ def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def base_fingerprint(model: torch.nn.Module) -> str:
-    """Tells one base from another, at no cost, by the start of each weight: in bfloat16, to which float32 and bfloat16
-    itself round alike."""
-    return checksum({name: p.detach().flatten()[:64].to(torch.bfloat16).cpu() for name, p in model.named_parameters()})
 
 
 def misfits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:

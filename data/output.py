@@ -79,7 +79,7 @@ def written_whole(directory: Path):
     """Yields a new directory that becomes `directory`, which is empty or not there, when the block ends: nobody ever
     finds half of one. What a killed process left of it goes."""
     directory = directory.resolve()
-    for half in directory.parent.glob(f".{glob.escape(directory.name)}.*.tmp"):
+    for half in directory.parent.glob(f".{glob.escape(directory.name)}.[0-9]*.tmp/"):
         with claimed(half):
             shutil.rmtree(half)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")

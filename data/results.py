@@ -172,8 +172,12 @@ def read_predictions(directory: Path, results: dict) -> tuple[dict[str, dict[int
             raise UserError(f"{file}, line {number}: a second prediction for the same question; {AGAIN}")
         of_task[prediction["index"]] = prediction
     digest = results.get("predictions", NO_DIGEST)
-    if hashlib.sha256(content[:digest["bytes"]]).hexdigest() != digest["sha256"]:
+    counted = content[:digest["bytes"]]
+    if len(counted) < digest["bytes"] or hashlib.sha256(counted).hexdigest() != digest["sha256"]:
         raise UserError(f"{file}: not the predictions that results.json counts, it was changed or damaged; {AGAIN}")
+    if short := [task for task, result in results["tasks"].items()
+                 if len(found.get(task, ())) != result["n"] or max(found[task]) >= result["n"]]:
+        raise UserError(f"{file}: not all predictions of {', '.join(short)}, and no others, are there; {AGAIN}")
     return found, len(content)
 
 
