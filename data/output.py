@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from data.files import UserError, claim, read_json, unwritable, wait_for_disk, write_json
@@ -112,7 +113,8 @@ def faults_told(c):
         raise
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
         text = str(error)
-        if isinstance(error, MemoryError) or any(sign in text for sign in ("out of memory", "allocate memory", "ALLOC_F")):
+        if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or any(sign in text for sign in ("out of memory", "allocate memory", "ALLOC_FAILED"))):
             raise UserError("out of memory: use --dtype bfloat16, a smaller --max-len or fewer --beams, each of which is "
                             f"another evaluation, or a larger machine{kept}") from error
         if not isinstance(error, (OSError, SafetensorError)):

@@ -380,7 +380,7 @@ def test_the_advice_repeats_what_was_asked_for(place):
 
 # ---------------------------------------------------------------------------------------------------- faults
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), MemoryError(),
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("Tried to"), MemoryError(),
                                    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_is_one_line_and_loses_nothing(error, place, monkeypatch):
     score("--out", "whole")
@@ -606,7 +606,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(kind, mode, path, score
     argv = {"score": ["--run", "run"], "compare": ["--compare", "run", "plain", "--out", "out"],
             "gates": ["--run", "run", "--gates", "--limit", "1", "--out", "out"]}[mode]
     old = signal.signal(signal.SIGALRM, lambda *args: pytest.fail("waited for"))
-    signal.alarm(200)
+    signal.alarm(100)
     try:
         assert str(path) in refused(*argv) or mode == "compare" and path.name == "config.json"
     finally:
