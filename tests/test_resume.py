@@ -422,3 +422,12 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(llama, tmp_path)
         write_tensors(file, changed, text)
         with pytest.raises(UserError, match="its checkpoint is of another version of train.py; start a new run"):
             train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_the_same_contents_are_the_same_file(tmp_path):
+    tensors = {"b.A": torch.randn(3, 4), "a": torch.arange(5), "b.step": torch.tensor(2.0)}
+    for number in range(16):
+        write_tensors(tmp_path / str(number), dict(random.sample(sorted(tensors.items()), 3)), '{"ü": "\\n"}\n\u2028 ü')
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(16)}) == 1
+    read, info = read_tensors(tmp_path / "0", with_info=True)
+    assert same(read, tensors) and info == '{"ü": "\\n"}\n\u2028 ü'
