@@ -42,7 +42,8 @@ from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
 from data.files import UserError
-from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
+from data.prepare import (DEFAULT, TASKS, check_records, count_repeated, hold_out, line_numbers, load_records, prepare,
+                          task_names)
 from data.results import accuracy_key
 from data.runs import Progress, Run, Signals, clock, read_facts, unusable
 from eval import evaluate, log_likelihoods
@@ -244,12 +245,8 @@ def load_batches(records: list[dict], encode, c: Config, team: "Team", first: in
 
 def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
     """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
-    texts = []
-    for task in dict.fromkeys(records[number]["task"] for number in numbers):
-        lines = load_records(task, "train", c.data or DEFAULT)
-        found = [str(lines.index(records[number]) + 1) for number in numbers if records[number]["task"] == task]
-        texts.append(f"{task} {', '.join(found)}")
-    return "; ".join(texts)
+    found = line_numbers([records[number] for number in numbers], "train", c.data or DEFAULT)
+    return "; ".join(f"{task} {', '.join(map(str, lines))}" for task, lines in found.items())
 
 
 # -------------------------------------------------------------------------- the model, and what trains it
@@ -265,6 +262,8 @@ def load_inputs(c: Config, team: "Team"):
         if c.max_len > context:
             raise UserError(f"--max-len {c.max_len}: expected no more than the base's context of {context}")
         training, validation, test = load_data(c)
+        for records, split in ((training + validation, "train"), (sum(test.values(), []), "test")):
+            check_records(records, split, c.form, tokenizer, c.max_len, c.data or DEFAULT)
         steps = c.max_steps or c.epochs * math.ceil(len(training) / c.batch)
         if c.warmup >= steps:
             raise UserError(f"--warmup {c.warmup}: expected less than the {steps} steps of the run")

@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from conftest import write_gpt2, write_llama
-from data.commonsense import training_question
-from data.files import UserError
+from conftest import hub_files, write_gpt2, write_llama
+from data.commonsense import FORMS, check_question, scoring_questions, training_question
+from data.files import UserError, json_lines
 from data.prepare import load_records
 from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gated_layers, inject_adapters, load_adapter
 from model import Transformer, load_tokenizer
@@ -287,6 +288,62 @@ def test_what_does_not_fit_the_model_or_data_is_refused_before_anything_is_writt
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", llama, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def changed_sample(directory, task, split, number, **changes):
+    """data/sample, of which one record, counted from 1, is another."""
+    shutil.copytree(SAMPLE, directory)
+    records = load_records(task, split, SAMPLE)
+    records[number - 1] |= changes
+    (directory / task / f"{split}.jsonl").write_text(json_lines(records))
+    return ["--data", str(directory), "--tasks", task, "--validation", "1", "--form", "cloze"]
+
+
+@pytest.mark.parametrize("task, split, changes, flags, message", [
+    ("piqa", "train", {"choices": ["a " * 300, "b " * 300]}, [], "an answer of 60. tokens does not fit into 512: raise --max-len"),
+    ("piqa", "test", {"choices": ["a " * 300, "b"]}, ["--test", "9"], "an answer of 60. tokens does not fit into 512"),
+    ("hellaswag", "train", {"choices": ["[header]"] * 4}, [], "choice without text in cloze form"),
+    ("hellaswag", "test", {"choices": ["a", "b", "[title]", "d"]}, ["--test", "9"], "choice without text in cloze form"),
+    ("hellaswag", "train", {"question": "[step]"}, [], "an empty prompt"),
+    ("winogrande", "train", {"question": "The end is a _"}, [], "choice without text in cloze form"),
+])
+def test_a_record_that_makes_no_question_is_refused_by_line_before_the_first_step(task, split, changes, flags, message,
+                                                                                  llama, tmp_path):
+    held_out = load_records(task, "val", SAMPLE)
+    trained = [n for n, record in enumerate(load_records(task, "train", SAMPLE), 1) if record not in held_out]
+    held = [n for n, record in enumerate(load_records(task, "train", SAMPLE), 1) if record in held_out]
+    for number in (trained[-1], held[0]) if split == "train" else (3,):
+        data = changed_sample(tmp_path / str(number), task, split, number, **changes)
+        where = re.escape(f"{tmp_path}/{number}/{task}/{split}.jsonl, line {number}: ")
+        with pytest.raises(UserError, match=f"{where}.*{message}"):
+            run(tmp_path / "run", llama, *data, *flags)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_record_counts_by_what_is_read_of_it(llama, tmp_path):
+    """The wrong choice of a record that is trained on is not read, nor is a record beyond --limit."""
+    few = ["--max-steps", "1", "--warmup", "0", "--limit", "2"]
+    wrong = 1 - load_records("piqa", "train", SAMPLE)[0]["label"]
+    choices = ["a " * 300 if i == wrong else "b" for i in (0, 1)]
+    run(tmp_path / "run", llama, *changed_sample(tmp_path / "wrong", "piqa", "train", 1, choices=choices), *few)
+    run(tmp_path / "run2", llama, *changed_sample(tmp_path / "last", "piqa", "train", 6, choices=["a " * 300] * 2), *few)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "llama-2"])
+def test_records_are_checked_as_they_are_tokenised(tokenizer, llama):
+    """At every length, check_question refuses what making the question refuses."""
+    tokenizer = load_tokenizer(llama if tokenizer == "bytes" else hub_files("llama-2-7b-chat"))
+    for task, form, trained in itertools.product(("piqa", "hellaswag", "winogrande"), FORMS, (True, False)):
+        make = training_question if trained else scoring_questions
+        for record, max_len in itertools.product(load_records(task, "train", SAMPLE)[:3], range(16, 160)):
+            refused = []
+            for question in (lambda *a: check_question(*a, trained), make):
+                try:
+                    question(record, form, tokenizer, max_len)
+                    refused.append("")
+                except UserError as error:
+                    refused.append(str(error))
+            assert refused[0] == refused[1], (task, form, max_len)
 
 
 def test_gpt2_trains_too(tmp_path):
