@@ -166,8 +166,8 @@ def check(c: Config) -> list[str]:
     least = {1: ("batch", "epochs", "eval_every", "log_every", "save_every"),
              0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
                  "validation", "test")}
-    rules += [(low <= getattr(c, name) < math.inf,
-               f"{flag(name)} {getattr(c, name)}: expected a finite number, {low} or more")
+    rules += [(low <= getattr(c, name) <= 1e9,
+               f"{flag(name)} {getattr(c, name)}: expected a number from {low} to 1e9")
               for low, names in least.items() for name in names]
     # read_flags has checked those of the command line, but nobody those of the run to resume.
     rules += [(getattr(c, name) in ("", *choices),
@@ -350,7 +350,7 @@ def restore(tensors: dict[str, torch.Tensor], info: dict, steps: int, c: Config,
 
 def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signals) -> dict:
     """One run, from the records to best/ and last/. Where one process trains alone, it is a team of one."""
-    started = time.time()
+    started = time.monotonic()
     tokenizer, steps, train_records, validation_records, test_records = load_inputs(c, team)
     encode = partial(training_question, form=c.form, tokenizer=tokenizer, max_len=c.max_len)
     validation = [encode(record) for record in validation_records]

@@ -138,30 +138,32 @@ class Progress:
     def __init__(self, run: Run, steps: int, saved: dict, started: float):
         self.run, self.steps = run, steps
         self.best, self.n_cut = saved.get("best", math.inf), saved.get("cut", 0)
-        self.started = started - saved.get("seconds", 0.0)
+        self.started = started - saved.get("seconds", 0.0)  # by time.monotonic, as all times here
         # since the last progress line: its time, the tokens, its step
-        self.since, self.tokens, self.logged = time.time(), 0, saved.get("step", 0) - 1
+        self.since, self.tokens, self.logged = time.monotonic(), 0, saved.get("step", 0) - 1
 
     def seconds(self) -> float:
         """What the run has taken, without the time that it was stopped."""
-        return time.time() - self.started
+        return max(0.0, time.monotonic() - self.started)
 
     def info(self) -> dict:
         """What the next __init__ gets as `saved`, beside the step."""
         return {"steps": self.steps, "best": self.best, "cut": self.n_cut, "seconds": self.seconds()}
 
     def log(self, step: int, memory_gib: float, **numbers) -> None:
-        now = time.time()
-        line = {"step": step, **numbers, "tokens_per_s": self.tokens / (now - self.since), "memory_gib": memory_gib}
+        now = time.monotonic()
+        seconds = max(0.0, now - self.since)
+        speed = self.tokens / seconds if seconds else None  # on a clock too coarse for these steps
+        line = {"step": step, **numbers, "tokens_per_s": speed, "memory_gib": memory_gib}
         self.run.record(line)
-        left = (self.steps - 1 - step) * (now - self.since) / (step - self.logged)
+        left = (self.steps - 1 - step) * seconds / (step - self.logged)
         gates = ""
         if "gate_prompt" in line:
             gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
                      f" answer {line.get('gate_answer', math.nan):.2f}")
-        norm = math.nan if line["grad_norm"] is None else line["grad_norm"]
+        norm, speed = (math.nan if value is None else value for value in (line["grad_norm"], speed))
         print(f"step {step:>5}/{self.steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm {norm:.2f} | "
-              f"{line['tokens_per_s']:,.0f} tokens/s | {memory_gib:.1f} GiB | {clock(left)} left", flush=True)
+              f"{speed:,.0f} tokens/s | {memory_gib:.1f} GiB | {clock(left)} left", flush=True)
         self.since, self.tokens, self.logged = now, 0, step
 
     def validated(self, step: int, loss: float) -> bool:
@@ -175,9 +177,9 @@ class Progress:
     @contextmanager
     def paused(self):
         """The time spent in the block is not training's."""
-        start = time.time()
+        start = time.monotonic()
         yield
-        self.since += time.time() - start
+        self.since += time.monotonic() - start
 
 
 def clock(seconds: float) -> str:

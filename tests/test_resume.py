@@ -83,9 +83,9 @@ def test_what_a_run_has_counted_goes_on(llama, tmp_path, monkeypatch, capsys):
     train.main(flags(llama, tmp_path / "whole", *argv))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signal_at(patch, signal.SIGTERM, 8)
-        now, rate = time.time, train.learning_rate
+        now, rate = time.monotonic, train.learning_rate
         patch.setattr(train, "learning_rate", lambda at, *rest: (
-            patch.setattr(time, "time", lambda: now() + 1000) if at == 7 else None, rate(at, *rest))[1])
+            patch.setattr(time, "monotonic", lambda: now() + 1000) if at == 7 else None, rate(at, *rest))[1])
         train.main(flags(llama, tmp_path / "cut", *argv))
     losses = [line["validation_loss"] for line in metrics(tmp_path / "cut") if "validation_loss" in line]
     results = train.main(["--resume", str(tmp_path / "cut")])
@@ -93,6 +93,18 @@ def test_what_a_run_has_counted_goes_on(llama, tmp_path, monkeypatch, capsys):
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
     told = [line for line in capsys.readouterr().out.splitlines() if "lost the start of its prompt" in line]
     assert len(told) == 2 and told[0] == told[1]
+
+
+@pytest.mark.parametrize("clock", [lambda: 5.0, lambda ticks=[1e6]: ticks.append(ticks[-1] - 7) or ticks[-1]],
+                         ids=["stands still", "runs backwards"])
+def test_a_broken_clock_stops_no_run(clock, llama, tmp_path, monkeypatch):
+    train.main(flags(llama, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", clock)
+        patch.setattr(time, "time", clock)
+        results = train.main(flags(llama, tmp_path / "run"))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    assert results["seconds"] == 0 and metrics(tmp_path / "run")[1]["tokens_per_s"] is None
 
 
 def test_all_is_on_the_disk_before_the_state_says_so(llama, tmp_path, monkeypatch):

@@ -163,7 +163,7 @@ def test_tokens_per_second_are_those_of_training(llama, tmp_path, monkeypatch):
         return evaluating(model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: clock[0])
+        patch.setattr(time, "monotonic", lambda: clock[0])
         patch.setattr(train, "learning_rate", count)
         patch.setattr(Transformer, "eval", wait)
         run(tmp_path / "run", llama, "--tasks", "piqa,boolq", "--validation", "2", "--epochs", "3", "--eval-every", "2")
@@ -265,6 +265,10 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--max-steps", "3"], ["--warmup 100: expected less than --max-steps 3"]),
     (["--peft", "lora", "--skip-closed", "0.1"], ["--skip-closed 0.1: lora"]),
     (["--seed", "-1"], ["--seed -1"]),
+    (["--max-steps", "9" * 20, "--batch", "9" * 20], ["--max-steps 99999999999999999999: expected a number from 0 to 1e9",
+                                                      "--batch 99999999999999999999: expected a number from 1 to 1e9"]),
+    (["--epochs", "1e400", "--batch", "9" * 5000], ["--epochs 1e400: expected a whole number", "--batch 999"]),
+    (["--gate-lr", "1e400"], ["--gate-lr inf"]),
     (["--out", str(Path(__file__).parent)], ["holds other things than a run"]),
     (["--out", __file__ + "/run"], ["a file is there"]),
     (["--lr"], ["--lr: expected one argument"]),
@@ -282,6 +286,8 @@ def test_bad_flags_are_reported_at_once(flags, messages):
     (("--validation", "500"), "--validation 500: only 8 records are held out"),
     (("--targets", "c_attn"), "no layer is named c_attn; this model has down_proj"),
     (("--r", "64"), "r 64 is larger than the smallest"),
+    (("--r", "9" * 30), "r 9* is larger than the smallest"),
+    (("--max-len", "9" * 30), "--max-len 9*: expected no more than the base's context of 512"),
     (("--data", "nowhere"), "nowhere"),
 ])
 def test_what_does_not_fit_the_model_or_data_is_refused_before_anything_is_written(flags, message, llama, tmp_path):
