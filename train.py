@@ -41,11 +41,12 @@ from data.cli import device_problems, flag, peak_memory, pick_device, read_flags
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
-from data.files import UserError
+from data.files import UserError, fingerprint, reading, unwritable
 from data.prepare import (DEFAULT, TASKS, check_records, count_repeated, hold_out, line_numbers, load_records, prepare,
                           task_names)
 from data.results import accuracy_key
-from data.runs import Progress, Run, Signals, clock, read_facts, unusable
+from data.resume import read_settings, unusable
+from data.runs import Progress, Run, Signals, clock
 from eval import evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
                     inject_adapters, load_adapter, save_adapter)
@@ -124,7 +125,8 @@ def adapter_config(c: Config) -> AdapterConfig:
 def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
     given, wrong = read_flags(Config, argv, __doc__, CHOICES)
-    recorded = recorded_settings(Path(given["resume"])) if "resume" in given else {}
+    changed = {name for name in given if name in MAY_CHANGE}
+    recorded = read_settings(Path(given["resume"]), Config, changed) if "resume" in given else {}
     wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
               if name not in MAY_CHANGE and given.get(name, value) != value]
     if recorded and "out" in given:
@@ -136,13 +138,6 @@ def parse(argv: list[str]) -> Config:
     if wrong := wrong + check(c):
         raise UserError("; ".join(wrong))
     return c
-
-
-def recorded_settings(directory: Path) -> dict:
-    """The settings of the run in a directory. Its dtype is no longer "auto": what that meant, it has to mean again."""
-    facts, known = read_facts(directory), {field.name for field in dataclasses.fields(Config)}
-    settings = {name: value for name, value in facts["config"].items() if name in known}
-    return settings | {"dtype": facts["dtype"].removeprefix("torch.")}
 
 
 def check(c: Config) -> list[str]:
@@ -174,7 +169,7 @@ def check(c: Config) -> list[str]:
                f"{flag(name)} {getattr(c, name)}: expected one of {', '.join(choices)}")
               for name, choices in CHOICES.items()]
     wrong = [message for is_fine, message in rules if not is_fine] + device_problems(c.device)
-    if problem := unusable(Path(c.out)):
+    if problem := unwritable(Path(c.out)) if c.resume else unusable(Path(c.out)):
         wrong.append(f"--out {problem}")
     try:
         adapter_config(c)
@@ -275,6 +270,7 @@ def load_model(c: Config, dtype: torch.dtype, team: "Team") -> Transformer:
     """The frozen base with adapters, which alone are trained."""
     # With --fsdp first on the CPU, where all processes share one mapped file; `shard` moves it block by block.
     model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else team.device)
+    model.base_sha256 = fingerprint(model.named_parameters())
     model.gradient_checkpointing = c.checkpointing
     torch.manual_seed(c.seed)
     inject_adapters(model, adapter_config(c))
@@ -305,6 +301,7 @@ def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: to
     n_base = sum(p.numel() for p in model.parameters()) - n_trainable
     return {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable,
+            "base_sha256": model.base_sha256,
             "data_sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(), "processes": team.size,
             "device": str(team.device), "dtype": str(dtype), "torch": torch.__version__,
             "python": platform.python_version()}
@@ -320,30 +317,43 @@ def introduce(c: Config, facts: dict, n_training: int, n_validation: int) -> Non
           f"{c.form} form; loss on the answer alone; {facts['steps']} steps of {c.batch}; writing to {c.out}")
 
 
-def save(run: Run, step: int, info: dict, model, optimizer, scaler) -> None:
-    """The checkpoint: the adapter, AdamW's moments of it, float16's scale and `info`. last/ comes first, so that it has
-    all that the checkpoint says is done."""
-    if run.is_writer:
-        save_adapter(model, run.directory / "last")
+def checkpoint(model, optimizer) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what training changes: the adapter and AdamW's moments of it."""
     adapter = adapter_state(model)
     moments = {f"{name}.{key}": value for name, p in adapter.items() for key, value in optimizer.state[p].items()}
-    run.save(step, adapter | moments, info | {"scaler": scaler.state_dict()})
+    return adapter | moments
+
+
+def save(run: Run, step: int, info: dict, model, optimizer, scaler) -> None:
+    """The checkpoint, with float16's scale and `info`. last/ comes first, so that it has all that the checkpoint says
+    is done."""
+    if run.is_writer:
+        save_adapter(model, run.directory / "last")
+    run.save(step, checkpoint(model, optimizer), info | {"scaler": scaler.state_dict()})
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, torch.Tensor], info: dict, steps: int, c: Config, model, optimizer, scaler) -> None:
-    """Puts back what `save` took. The run may have got another number of steps meanwhile, which is told."""
-    if not adapter_state(model).keys() <= tensors.keys() or "steps" not in info:
-        raise UserError(f"--resume {c.out}: its checkpoint is of another version of train.py; start a new run")
-    for name, p in adapter_state(model).items():
-        p.copy_(tensors[name])
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device, copy=True)
-    scaler.load_state_dict(info["scaler"])
-    if info["steps"] != steps:
-        now, before = (c.lr * learning_rate(info["step"], n, c) for n in (steps, info["steps"]))
+def start(run: Run, facts: dict, c: Config, model, optimizer, scaler, team: "Team") -> dict:
+    """Takes the run's directory over and puts back what `save` left there. Returns its info, {} for a new run. The run
+    may have got another number of steps meanwhile, which is told."""
+    for p in adapter_state(model).values():  # as AdamW's first step would
+        zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device), **zeros}
+    tensors, info = run.begin(facts, bool(c.resume), checkpoint(model, optimizer))
+    if info:
+        if info["best"] < math.inf:
+            load_adapter(model, run.directory / "best")  # The end of the run needs it whole; its values go at once.
+        for name, tensor in checkpoint(model, optimizer).items():
+            tensor.copy_(tensors[name])
+        with reading(run.checkpoint):
+            scaler.load_state_dict(info["scaler"])
+    team.wait()  # until all have read what the first process now may overwrite
+    run.start(tensors, info)
+    if info and info["steps"] != facts["steps"]:
+        now, before = (c.lr * learning_rate(info["step"], n, c) for n in (facts["steps"], info["steps"]))
         print(f"the run had {info['steps']} steps: its learning rate goes on at {now:.2e} instead of {before:.2e} and "
-              f"decays to 0 at step {steps}")
+              f"decays to 0 at step {facts['steps']}")
+    return info
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -360,9 +370,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)  # idle in the other dtypes
     facts = run_facts(c, steps, [train_records, validation_records], model, dtype, team)
     introduce(c, facts, len(train_records), len(validation))
-    tensors, saved = run.begin(facts, resume=bool(c.resume))
-    if saved:
-        restore(tensors, saved, steps, c, model, optimizer, scaler)
+    saved = start(run, facts, c, model, optimizer, scaler, team)
     first = saved.get("step", 0)
     data = load_batches(train_records, encode, c, team, first, steps)
     upcoming = next(data, None)
@@ -451,6 +459,9 @@ def validate(step: int, model, questions: list[Question], autocast, progress: Pr
 def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], progress: Progress, team: "Team",
            run: Run) -> dict:
     """The results, which training.json keeps: those of best/, which without validation is last/."""
+    if run.results:
+        print(f"the run in {c.out} had ended, nothing is left to do; its training.json: {json.dumps(run.results)}")
+        return run.results
     if c.validation:
         team.wait()  # until the first process has written it
         load_adapter(model, run.directory / "best")
@@ -466,8 +477,6 @@ def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], pro
     run.write("training.json", results)
     print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with: "
           f"python eval.py --run {c.out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return results
 
 
@@ -550,7 +559,10 @@ def main(argv: list[str] | None = None) -> dict:
     quiet = nullcontext() if team.rank == 0 else redirect_stdout(open(os.devnull, "w"))
     try:
         with quiet:
-            return train(c, dtype, team, run, signals)
+            results = train(c, dtype, team, run, signals)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return results
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if not (text := explain(error, c, team, run)):
             raise
