@@ -386,7 +386,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is split into rows. L_task is over
         # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to skip.
-        loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far, which are logged apart
+        loss, entropy, gates = 0.0, 0.0, 0.0  # L_task, L_ent and gates of the rows so far, which are logged apart
         for row, weight in batch.rows:
             row = row.to(team.device)
             with autocast:
@@ -395,17 +395,18 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
                 l_ent = gate_entropy(model) * (weight * row.ids.numel() / batch.n_token)
             scaler.scale(l_task + c.entropy_weight * l_ent).backward()
             loss, entropy = loss + l_task.detach(), entropy + l_ent.detach()
+            gates = gates + weight * gate_sums(model, row.is_answer)
 
         # Over all processes; a signal to one of them stops all.
-        sums = torch.stack([loss, entropy, loss.new_full((), len(signals.caught))])
-        loss, entropy, caught = team.add_up(adapter.values(), sums)
+        sums = torch.stack([loss, entropy, *gates, loss.new_full((), len(signals.caught))])
+        loss, entropy, *gates, caught = team.add_up(adapter.values(), sums)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(adapter.values(), c.clip or math.inf)
         scaler.step(optimizer)  # leaves out a step whose gradients overflowed float16
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         upcoming = next(data, None)  # while a GPU still computes: tolist() below is the one wait for it
-        loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
+        loss, entropy, *gates, caught, norm = torch.stack([loss, entropy, *gates, caught, norm]).tolist()
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # float16: its scale halves, training goes on
         if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
             raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
@@ -414,7 +415,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
         is_last = step == steps - 1
         progress.tokens, progress.n_cut = progress.tokens + batch.n_token, progress.n_cut + batch.n_cut
         if step % c.log_every == 0 or is_last:
-            progress.log(step, loss=loss, entropy=entropy, **mean_gates(model, row.is_answer),  # last row's
+            progress.log(step, loss=loss, entropy=entropy, **mean_gates(gates, batch),
                          lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
                          memory_gib=peak_memory(team.device))
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
@@ -432,14 +433,21 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
 
-def mean_gates(model: Transformer, is_answer: torch.Tensor) -> dict[str, float]:
-    """Mean gate on prompt and on answer tokens in the last forward, {} without gates; is_answer (1, N)."""
+def gate_sums(model: Transformer, is_answer: torch.Tensor) -> torch.Tensor:
+    """The gates of the last forward, means over layers, summed over prompt and over answer tokens: (2,), or (0,)
+    without gates; is_answer (1, N)."""
     gates = gate_values(model)
     if not gates:
-        return {}
+        return torch.zeros(0, device=is_answer.device)
     mean = torch.stack(list(gates.values())).float().mean(0)                    # over layers: (1, N)
-    parts = {"gate_prompt": mean[~is_answer], "gate_answer": mean[is_answer]}
-    return {name: part.mean().item() for name, part in parts.items() if len(part)}
+    return torch.stack([mean[~is_answer].sum(), mean[is_answer].sum()])
+
+
+def mean_gates(sums: list[float], batch: Batch) -> dict[str, float]:
+    """Mean gate on the batch's prompt tokens and on its answer tokens that are read, all but the last of each answer."""
+    n_answer = batch.n_answer - len(batch.numbers)
+    counts = {"gate_prompt": batch.n_token - n_answer, "gate_answer": n_answer}
+    return {name: total / n for (name, n), total in zip(counts.items(), sums)}
 
 
 def validate(step: int, model, questions: list[Question], autocast, progress: Progress, run: Run) -> None:

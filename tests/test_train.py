@@ -20,7 +20,7 @@ from conftest import hub_files, write_gpt2, write_llama
 from data.commonsense import FORMS, check_question, scoring_questions, training_question
 from data.files import UserError, json_lines
 from data.prepare import load_records
-from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gated_layers, inject_adapters, load_adapter
+from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gate_values, gated_layers, inject_adapters, load_adapter
 from model import Transformer, load_tokenizer
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
@@ -106,6 +106,7 @@ def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
     optimizers = [torch.optim.AdamW(update, weight_decay=0.5), torch.optim.AdamW(gates, weight_decay=0.5)]
     for step, (numbers, factor) in enumerate(zip(train.batches(len(records), c), (1/3, 2/3, 1, 3/4, 1/2, 1/4))):
         loss = entropy = 0.0
+        opened = [], []  # gates of every layer, on prompt and on answer tokens
         n_answer = sum(len(questions[i].answers[0]) for i in numbers)
         n_token = sum(len(questions[i].prompt) + len(questions[i].answers[0]) - 1 for i in numbers)
         for prompt, (answer,), _ in (questions[i] for i in numbers):
@@ -113,6 +114,9 @@ def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
             logits = model(ids)[0, len(prompt) - 1:]
             loss = loss + F.cross_entropy(logits, torch.tensor(answer), reduction="sum") / n_answer
             entropy = entropy + gate_entropy(model) * ids.numel() / n_token
+            g = torch.cat(list(gate_values(model).values()))
+            opened[0].append(g[:, :len(prompt)])
+            opened[1].append(g[:, len(prompt):])
         (loss + 0.1 * entropy).backward()
         norm = torch.nn.utils.clip_grad_norm_(update + gates, 0.02)
         assert norm > 0.02
@@ -121,7 +125,8 @@ def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
             optimizer.step()
             optimizer.zero_grad()
         expected = {"step": step, "loss": loss.item(), "entropy": entropy.item(), "grad_norm": norm.item(),
-                    "lr": 0.01 * factor}
+                    "lr": 0.01 * factor, "gate_prompt": torch.cat(opened[0], 1).mean().item(),
+                    "gate_answer": torch.cat(opened[1], 1).mean().item()}
         assert {key: lines[step][key] for key in expected} == pytest.approx(expected, rel=1e-5), step
     for name, tensor in adapter(tmp_path / "run").items():
         torch.testing.assert_close(tensor, adapter_state(model)[name].detach(), rtol=0, atol=1e-5)
@@ -133,7 +138,7 @@ def test_micro_batches_and_checkpointing_do_not_change_what_is_learnt(flags, lla
     run(tmp_path / "whole", llama, "--entropy-weight", "0.1")
     run(tmp_path / "cut", llama, "--entropy-weight", "0.1", *flags)
     for a, b in zip(metrics(tmp_path / "whole")[1:], metrics(tmp_path / "cut")[1:]):
-        for key in ("loss", "entropy", "grad_norm", "validation_loss"):
+        for key in ("loss", "entropy", "grad_norm", "validation_loss", "gate_prompt", "gate_answer"):
             assert (key in a) == (key in b)
             if key in a:
                 assert a[key] == pytest.approx(b[key], rel=2e-4)
@@ -415,14 +420,14 @@ def test_twins_of_held_out_records_are_left_out(llama, tmp_path, capsys):
     assert "4 records occur more than once" in capsys.readouterr().out
 
 
-def test_mean_gates_tells_prompt_from_answer(llama):
+def test_gate_sums_tell_prompt_from_answer(llama):
     model = Transformer.from_pretrained(llama)
     inject_adapters(model, AdapterConfig(r=4))
     model(torch.arange(6)[None])
     is_answer = torch.tensor([[False, False, False, True, True, True]])
     for layer in gated_layers(model).values():
         layer.gate_logit = torch.where(is_answer, 100.0, -100.0)[..., None]
-    assert train.mean_gates(model, is_answer) == {"gate_prompt": 0.0, "gate_answer": 1.0}
+    assert train.gate_sums(model, is_answer).tolist() == [0, 3]
 
 
 def test_a_run_does_not_touch_what_is_not_a_run(llama, tmp_path):
