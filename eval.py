@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Question, pack, scoring_questions, to_text
 from data.compare import compare, runs_of
-from data.files import UserError, checksum, json_lines, unwritable, write_json
+from data.files import UserError, checksum, fingerprint, json_lines, unwritable, write_json
 from data.pictures import colour_legend, draw_gates, draw_training, gate_numbers, paint, read_metrics, write_gate_page
 from data.prepare import DEFAULT, TASKS, load_records, task_names
 from data.results import continued, correct, find_run, mean_result, results_name, table
@@ -435,8 +435,7 @@ def main(argv: list[str] | None = None) -> dict:
     room = prompt_room(model, max_len)
     if room < 16 and (protocol == "generate" or c.gates or c.prompt):
         raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
-    # The start of each weight tells one base from another, at no cost.
-    base_hash = checksum({name: p.detach().flatten()[:64].cpu() for name, p in model.named_parameters()})
+    base_hash = fingerprint(model.named_parameters())
     if adapter is not None:
         load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))
 

@@ -46,7 +46,7 @@ from data.prepare import (DEFAULT, TASKS, check_records, count_repeated, hold_ou
                           task_names)
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
-from data.runs import Progress, Run, Signals, clock
+from data.runs import Progress, Run, Signals, clock, introduce
 from eval import evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
                     inject_adapters, load_adapter, save_adapter)
@@ -307,16 +307,6 @@ def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: to
             "python": platform.python_version()}
 
 
-def introduce(c: Config, facts: dict, n_training: int, n_validation: int) -> None:
-    n_base, n_trainable = facts["base_parameters"], facts["trainable_parameters"]
-    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
-          f"{facts['dtype'].removeprefix('torch.')}"
-          + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
-    print(f"{n_training:,} training and {n_validation} validation records of {', '.join(task_names(c.tasks))}, "
-          f"{c.form} form; loss on the answer alone; {facts['steps']} steps of {c.batch}; writing to {c.out}")
-
-
 def checkpoint(model, optimizer) -> dict[str, torch.Tensor]:
     """{name: tensor} of what training changes: the adapter and AdamW's moments of it."""
     adapter = adapter_state(model)
@@ -369,7 +359,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     autocast = torch.autocast(team.device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)  # idle in the other dtypes
     facts = run_facts(c, steps, [train_records, validation_records], model, dtype, team)
-    introduce(c, facts, len(train_records), len(validation))
+    introduce(facts, len(train_records), len(validation))
     saved = start(run, facts, c, model, optimizer, scaler, team)
     first = saved.get("step", 0)
     data = load_batches(train_records, encode, c, team, first, steps)

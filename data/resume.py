@@ -112,8 +112,8 @@ def read_settings(directory: Path, settings: type, changed: set[str]) -> dict:
         wrong = (differences(values, before["config"], kinds.keys() - {"resume", "out", "dtype", *changed})
                  + differences(facts, before, FIXED))
     if wrong:
-        raise UserError(f"{directory / 'config.json'}: {listed(wrong)}; expected what train.py wrote there, and flags for "
-                        "what may change")
+        raise UserError(f"{directory / 'config.json'}: {listed(wrong)}; expected what train.py wrote there, and "
+                        "flags for what may change")
     return values | {"dtype": facts["dtype"].removeprefix("torch.")}
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from data.files import UserError, claim, listed, misfits, move_aside, read_json, read_tensors, write_json, write_tensors
+from data.prepare import task_names
 from data.resume import halves, is_run, misplaced, parse_info, unusable
 
 
@@ -112,7 +113,7 @@ class Run:
         content = (self.directory / "metrics.jsonl").read_bytes()[:size]
         whole = content.rfind(b"\n") + 1
         if whole < size:
-            print(f"metrics.jsonl has lost {size - whole} bytes since the checkpoint was saved; the run goes on all the same")
+            print(f"metrics.jsonl has lost {size - whole} bytes since the checkpoint was saved; the run itself is whole")
         return whole
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], info: dict) -> None:
@@ -145,6 +146,17 @@ class Run:
         program = "python" if self.processes == 1 else f"torchrun --nproc_per_node={self.processes} --"
         return (f"what was learnt in {self.saved_steps} steps is in {self.directory}; go on with: "
                 f"{program} train.py --resume {shlex.quote(str(self.directory))}")
+
+
+def introduce(facts: dict, n_training: int, n_validation: int) -> None:
+    """Says what the run of `facts` is about to do."""
+    c, n_base, n_trainable = facts["config"], facts["base_parameters"], facts["trainable_parameters"]
+    print(f"{c['init']}: {n_base:,} frozen parameters; {c['peft']}, gate {c['gate']}, r {c['r']}: {n_trainable:,} "
+          f"trainable, {100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
+          f"{facts['dtype'].removeprefix('torch.')}"
+          + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
+    print(f"{n_training:,} training and {n_validation} validation records of {', '.join(task_names(c['tasks']))}, "
+          f"{c['form']} form; loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
 
 
 class Progress:
