@@ -86,6 +86,8 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
     file = file_of(task, split, out)
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file}: a directory, a pipe or the like; expected a file with records, see data/prepare.py")
     try:
         lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:
@@ -108,8 +110,8 @@ def line_numbers(records: list[dict], split: str, out: str | Path = DEFAULT) -> 
     """{task: the lines of its file, counted from 1} of records that `load_records` gave."""
     found = {}
     for task in dict.fromkeys(record["task"] for record in records):
-        lines = load_records(task, "train" if split == "val" else split, out)
-        found[task] = [lines.index(record) + 1 for record in records if record["task"] == task]
+        lines = list(map(json.dumps, load_records(task, "train" if split == "val" else split, out)))
+        found[task] = [lines.index(json.dumps(record)) + 1 for record in records if record["task"] == task]
     return found
 
 
