@@ -380,6 +380,10 @@ def test_a_run_that_has_ended_is_not_scored_again(llama, tmp_path, monkeypatch, 
     (tmp_path / "run" / "training.json").write_text("{")
     for more in ([], ["--test", "2"]):  # results that are damaged, or wanted of another number of questions
         assert set(train.main(["--resume", str(tmp_path / "run"), *more])["tasks"]) == {"piqa", "ARC-Easy"}
+    monkeypatch.setattr(train, "evaluate", None)
+    with pytest.raises(TypeError):  # stopped as it scores, it leaves no results of other settings behind
+        train.main(["--resume", str(tmp_path / "run"), "--test", "1"])
+    assert not (tmp_path / "run" / "training.json").exists()
     assert train.main(["--resume", str(tmp_path / "run"), "--max-steps", "12", "--test", "0"])["steps"] == 12
 
 
