@@ -161,9 +161,11 @@ def check(c: Config) -> list[str]:
     least = {1: ("batch", "epochs", "eval_every", "log_every", "save_every"),
              0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
                  "validation", "test")}
-    rules += [(low <= getattr(c, name) <= 1e9,
-               f"{flag(name)} {getattr(c, name)}: expected a number from {low} to 1e9")
+    rules += [(low <= getattr(c, name) < math.inf,
+               f"{flag(name)} {getattr(c, name)}: expected a finite number, {low} or more")
               for low, names in least.items() for name in names]
+    rules += [(not 1e12 < getattr(c, name) < math.inf, f"{flag(name)} {getattr(c, name)}: expected 1e12 or less")
+              for names in least.values() for name in names]
     # read_flags has checked those of the command line, but nobody those of the run to resume.
     rules += [(getattr(c, name) in ("", *choices),
                f"{flag(name)} {getattr(c, name)}: expected one of {', '.join(choices)}")

@@ -86,8 +86,8 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
     file = file_of(task, split, out)
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
-    if file.exists() and not file.is_file():
-        raise UserError(f"{file}: a directory, a pipe or the like; expected a file with records, see data/prepare.py")
+    if file.exists() and not (file.is_file() or file.is_dir()):  # which might have no end
+        raise UserError(f"{file}: a pipe or a device; expected a file with records, see data/prepare.py")
     try:
         lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:

@@ -120,7 +120,7 @@ def test_a_pipe_or_device_in_the_place_of_records_is_refused(tmp_path):
     os.mkfifo(tmp_path / "piqa" / "train.jsonl")
     (tmp_path / "piqa" / "test.jsonl").symlink_to("/dev/zero")
     for split in ("train", "test"):
-        with pytest.raises(UserError, match=f"{split}.jsonl: a directory, a pipe or the like"):
+        with pytest.raises(UserError, match=f"{split}.jsonl: a pipe or a device"):
             prepare.load_records("piqa", split, tmp_path)
 
 
