@@ -41,10 +41,12 @@ from data.cli import device_problems, flag, peak_memory, pick_device, read_flags
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
-from data.files import UserError
-from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records, prepare, task_names
+from data.files import UserError, fingerprint, reading, unwritable
+from data.prepare import (DEFAULT, TASKS, check_records, count_repeated, hold_out, line_numbers, load_records, prepare,
+                          task_names)
 from data.results import accuracy_key
-from data.runs import Progress, Run, Signals, clock, read_facts, unusable
+from data.resume import read_settings, unusable
+from data.runs import Progress, Run, Signals, clock, introduce
 from eval import evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
                     inject_adapters, load_adapter, save_adapter)
@@ -123,7 +125,8 @@ def adapter_config(c: Config) -> AdapterConfig:
 def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
     given, wrong = read_flags(Config, argv, __doc__, CHOICES)
-    recorded = recorded_settings(Path(given["resume"])) if "resume" in given else {}
+    changed = {name for name in given if name in MAY_CHANGE}
+    recorded = read_settings(Path(given["resume"]), Config, changed) if "resume" in given else {}
     wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
               if name not in MAY_CHANGE and given.get(name, value) != value]
     if recorded and "out" in given:
@@ -135,13 +138,6 @@ def parse(argv: list[str]) -> Config:
     if wrong := wrong + check(c):
         raise UserError("; ".join(wrong))
     return c
-
-
-def recorded_settings(directory: Path) -> dict:
-    """The settings of the run in a directory. Its dtype is no longer "auto": what that meant, it has to mean again."""
-    facts, known = read_facts(directory), {field.name for field in dataclasses.fields(Config)}
-    settings = {name: value for name, value in facts["config"].items() if name in known}
-    return settings | {"dtype": facts["dtype"].removeprefix("torch.")}
 
 
 def check(c: Config) -> list[str]:
@@ -168,12 +164,14 @@ def check(c: Config) -> list[str]:
     rules += [(low <= getattr(c, name) < math.inf,
                f"{flag(name)} {getattr(c, name)}: expected a finite number, {low} or more")
               for low, names in least.items() for name in names]
+    rules += [(not 1e12 < getattr(c, name) < math.inf, f"{flag(name)} {getattr(c, name)}: expected 1e12 or less")
+              for names in least.values() for name in names]
     # read_flags has checked those of the command line, but nobody those of the run to resume.
     rules += [(getattr(c, name) in ("", *choices),
                f"{flag(name)} {getattr(c, name)}: expected one of {', '.join(choices)}")
               for name, choices in CHOICES.items()]
     wrong = [message for is_fine, message in rules if not is_fine] + device_problems(c.device)
-    if problem := unusable(Path(c.out)):
+    if problem := unwritable(Path(c.out)) if c.resume else unusable(Path(c.out)):
         wrong.append(f"--out {problem}")
     try:
         adapter_config(c)
@@ -244,12 +242,8 @@ def load_batches(records: list[dict], encode, c: Config, team: "Team", first: in
 
 def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
     """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
-    texts = []
-    for task in dict.fromkeys(records[number]["task"] for number in numbers):
-        lines = load_records(task, "train", c.data or DEFAULT)
-        found = [str(lines.index(records[number]) + 1) for number in numbers if records[number]["task"] == task]
-        texts.append(f"{task} {', '.join(found)}")
-    return "; ".join(texts)
+    found = line_numbers([records[number] for number in numbers], "train", c.data or DEFAULT)
+    return "; ".join(f"{task} {', '.join(map(str, lines))}" for task, lines in found.items())
 
 
 # -------------------------------------------------------------------------- the model, and what trains it
@@ -265,6 +259,8 @@ def load_inputs(c: Config, team: "Team"):
         if c.max_len > context:
             raise UserError(f"--max-len {c.max_len}: expected no more than the base's context of {context}")
         training, validation, test = load_data(c)
+        for records, split in ((training + validation, "train"), (sum(test.values(), []), "test")):
+            check_records(records, split, c.form, tokenizer, c.max_len, c.data or DEFAULT)
         steps = c.max_steps or c.epochs * math.ceil(len(training) / c.batch)
         if c.warmup >= steps:
             raise UserError(f"--warmup {c.warmup}: expected less than the {steps} steps of the run")
@@ -276,6 +272,7 @@ def load_model(c: Config, dtype: torch.dtype, team: "Team") -> Transformer:
     """The frozen base with adapters, which alone are trained."""
     # With --fsdp first on the CPU, where all processes share one mapped file; `shard` moves it block by block.
     model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else team.device)
+    model.base_sha256 = fingerprint(model.named_parameters())
     model.gradient_checkpointing = c.checkpointing
     torch.manual_seed(c.seed)
     inject_adapters(model, adapter_config(c))
@@ -306,52 +303,56 @@ def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: to
     n_base = sum(p.numel() for p in model.parameters()) - n_trainable
     return {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable,
+            "base_sha256": model.base_sha256,
             "data_sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(), "processes": team.size,
             "device": str(team.device), "dtype": str(dtype), "torch": torch.__version__,
             "python": platform.python_version()}
 
 
-def introduce(c: Config, facts: dict, n_training: int, n_validation: int) -> None:
-    n_base, n_trainable = facts["base_parameters"], facts["trainable_parameters"]
-    print(f"{c.init}: {n_base:,} frozen parameters; {c.peft}, gate {c.gate}, r {c.r}: {n_trainable:,} trainable, "
-          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
-          f"{facts['dtype'].removeprefix('torch.')}"
-          + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
-    print(f"{n_training:,} training and {n_validation} validation records of {', '.join(task_names(c.tasks))}, "
-          f"{c.form} form; loss on the answer alone; {facts['steps']} steps of {c.batch}; writing to {c.out}")
+def checkpoint(model, optimizer) -> dict[str, torch.Tensor]:
+    """{name: tensor} of what training changes: the adapter and AdamW's moments of it."""
+    adapter = adapter_state(model)
+    moments = {f"{name}.{key}": value for name, p in adapter.items() for key, value in optimizer.state[p].items()}
+    return adapter | moments
 
 
 def save(run: Run, step: int, info: dict, model, optimizer, scaler) -> None:
-    """The checkpoint: the adapter, AdamW's moments of it, float16's scale and `info`. last/ comes first, so that it has
-    all that the checkpoint says is done."""
+    """The checkpoint, with float16's scale and `info`. last/ comes first, so that it has all that the checkpoint says
+    is done."""
     if run.is_writer:
         save_adapter(model, run.directory / "last")
-    adapter = adapter_state(model)
-    moments = {f"{name}.{key}": value for name, p in adapter.items() for key, value in optimizer.state[p].items()}
-    run.save(step, adapter | moments, info | {"scaler": scaler.state_dict()})
+    run.save(step, checkpoint(model, optimizer), info | {"scaler": scaler.state_dict()})
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, torch.Tensor], info: dict, steps: int, c: Config, model, optimizer, scaler) -> None:
-    """Puts back what `save` took. The run may have got another number of steps meanwhile, which is told."""
-    if not adapter_state(model).keys() <= tensors.keys() or "steps" not in info:
-        raise UserError(f"--resume {c.out}: its checkpoint is of another version of train.py; start a new run")
-    for name, p in adapter_state(model).items():
-        p.copy_(tensors[name])
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            optimizer.state[p][key] = tensors[f"{name}.{key}"].to(p.device, copy=True)
-    scaler.load_state_dict(info["scaler"])
-    if info["steps"] != steps:
-        now, before = (c.lr * learning_rate(info["step"], n, c) for n in (steps, info["steps"]))
+def start(run: Run, facts: dict, c: Config, model, optimizer, scaler, team: "Team") -> dict:
+    """Takes the run's directory over and puts back what `save` left there. Returns its info, {} for a new run. The run
+    may have got another number of steps meanwhile, which is told."""
+    for p in adapter_state(model).values():  # as AdamW's first step would
+        zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device), **zeros}
+    tensors, info = run.begin(facts, bool(c.resume), checkpoint(model, optimizer))
+    if info:
+        if info["best"] < math.inf:
+            load_adapter(model, run.directory / "best")  # The end of the run needs it whole; its values go at once.
+        for name, tensor in checkpoint(model, optimizer).items():
+            tensor.copy_(tensors[name])
+        with reading(run.checkpoint):
+            scaler.load_state_dict(info["scaler"])
+    team.wait()  # until all have read what the first process now may overwrite
+    run.start(tensors, info)
+    if info and info["steps"] != facts["steps"]:
+        now, before = (c.lr * learning_rate(info["step"], n, c) for n in (facts["steps"], info["steps"]))
         print(f"the run had {info['steps']} steps: its learning rate goes on at {now:.2e} instead of {before:.2e} and "
-              f"decays to 0 at step {steps}")
+              f"decays to 0 at step {facts['steps']}")
+    return info
 
 
 # ------------------------------------------------------------------------------------------------ the loop
 
 def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signals) -> dict:
     """One run, from the records to best/ and last/. Where one process trains alone, it is a team of one."""
-    started = time.time()
+    started = time.monotonic()
     tokenizer, steps, train_records, validation_records, test_records = load_inputs(c, team)
     encode = partial(training_question, form=c.form, tokenizer=tokenizer, max_len=c.max_len)
     validation = [encode(record) for record in validation_records]
@@ -360,10 +361,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     autocast = torch.autocast(team.device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)  # idle in the other dtypes
     facts = run_facts(c, steps, [train_records, validation_records], model, dtype, team)
-    introduce(c, facts, len(train_records), len(validation))
-    tensors, saved = run.begin(facts, resume=bool(c.resume))
-    if saved:
-        restore(tensors, saved, steps, c, model, optimizer, scaler)
+    introduce(facts, len(train_records), len(validation))
+    saved = start(run, facts, c, model, optimizer, scaler, team)
     first = saved.get("step", 0)
     data = load_batches(train_records, encode, c, team, first, steps)
     upcoming = next(data, None)
@@ -379,7 +378,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
 
         # L = L_task + lambda L_ent (GateRA): means over the whole batch, however it is split into rows. L_task is over
         # the answers' tokens, L_ent over all, prompt and answer; a packed row has no padding to skip.
-        loss, entropy = 0.0, 0.0  # L_task and L_ent of the rows so far, which are logged apart
+        loss, entropy, gates = 0.0, 0.0, 0.0  # L_task, L_ent and gates of the rows so far, which are logged apart
         for row, weight in batch.rows:
             row = row.to(team.device)
             with autocast:
@@ -388,17 +387,18 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
                 l_ent = gate_entropy(model) * (weight * row.ids.numel() / batch.n_token)
             scaler.scale(l_task + c.entropy_weight * l_ent).backward()
             loss, entropy = loss + l_task.detach(), entropy + l_ent.detach()
+            gates = gates + weight * gate_sums(model, row.is_answer)
 
         # Over all processes; a signal to one of them stops all.
-        sums = torch.stack([loss, entropy, loss.new_full((), len(signals.caught))])
-        loss, entropy, caught = team.add_up(adapter.values(), sums)
+        sums = torch.stack([loss, entropy, *gates, loss.new_full((), len(signals.caught))])
+        loss, entropy, *gates, caught = team.add_up(adapter.values(), sums)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(adapter.values(), c.clip or math.inf)
         scaler.step(optimizer)  # leaves out a step whose gradients overflowed float16
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         upcoming = next(data, None)  # while a GPU still computes: tolist() below is the one wait for it
-        loss, entropy, caught, norm = torch.stack([loss, entropy, caught, norm]).tolist()
+        loss, entropy, *gates, caught, norm = torch.stack([loss, entropy, *gates, caught, norm]).tolist()
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= 1  # float16: its scale halves, training goes on
         if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
             raise UserError(f"step {step}: the loss is {loss}, the gradient's norm {norm}; lower --lr, or use --dtype "
@@ -407,7 +407,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
         is_last = step == steps - 1
         progress.tokens, progress.n_cut = progress.tokens + batch.n_token, progress.n_cut + batch.n_cut
         if step % c.log_every == 0 or is_last:
-            progress.log(step, loss=loss, entropy=entropy, **mean_gates(model, row.is_answer),  # last row's
+            progress.log(step, loss=loss, entropy=entropy, **mean_gates(gates, batch),
                          lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
                          memory_gib=peak_memory(team.device))
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
@@ -425,14 +425,21 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
 
-def mean_gates(model: Transformer, is_answer: torch.Tensor) -> dict[str, float]:
-    """Mean gate on prompt and on answer tokens in the last forward, {} without gates; is_answer (1, N)."""
+def gate_sums(model: Transformer, is_answer: torch.Tensor) -> torch.Tensor:
+    """The gates of the last forward, means over layers, summed over prompt and over answer tokens: (2,), or (0,)
+    without gates; is_answer (1, N)."""
     gates = gate_values(model)
     if not gates:
-        return {}
+        return torch.zeros(0, device=is_answer.device)
     mean = torch.stack(list(gates.values())).float().mean(0)                    # over layers: (1, N)
-    parts = {"gate_prompt": mean[~is_answer], "gate_answer": mean[is_answer]}
-    return {name: part.mean().item() for name, part in parts.items() if len(part)}
+    return torch.stack([mean[~is_answer].sum(), mean[is_answer].sum()])
+
+
+def mean_gates(sums: list[float], batch: Batch) -> dict[str, float]:
+    """Mean gate on the batch's prompt tokens and on its answer tokens that are read, all but the last of each answer."""
+    n_answer = batch.n_answer - len(batch.numbers)
+    counts = {"gate_prompt": batch.n_token - n_answer, "gate_answer": n_answer}
+    return {name: total / n for (name, n), total in zip(counts.items(), sums)}
 
 
 def validate(step: int, model, questions: list[Question], autocast, progress: Progress, run: Run) -> None:
@@ -452,6 +459,9 @@ def validate(step: int, model, questions: list[Question], autocast, progress: Pr
 def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], progress: Progress, team: "Team",
            run: Run) -> dict:
     """The results, which training.json keeps: those of best/, which without validation is last/."""
+    if run.results:
+        print(f"the run in {c.out} had ended, nothing is left to do; its training.json: {json.dumps(run.results)}")
+        return run.results
     if c.validation:
         team.wait()  # until the first process has written it
         load_adapter(model, run.directory / "best")
@@ -467,8 +477,6 @@ def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], pro
     run.write("training.json", results)
     print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with: "
           f"python eval.py --run {c.out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return results
 
 
@@ -551,7 +559,10 @@ def main(argv: list[str] | None = None) -> dict:
     quiet = nullcontext() if team.rank == 0 else redirect_stdout(open(os.devnull, "w"))
     try:
         with quiet:
-            return train(c, dtype, team, run, signals)
+            results = train(c, dtype, team, run, signals)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return results
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if not (text := explain(error, c, team, run)):
             raise

@@ -37,7 +37,9 @@ def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], met
     with reading(about):
         config = make_config(**settings | changes)
     tensors, text = read_tensors(file, with_info=True)
-    if text and make_config(**json.loads(text) | changes) != config:
+    with reading(file):
+        saved = make_config(**json.loads(text) | changes) if text else config
+    if saved != config:
         raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
                         "damaged, copy it again")
     return file, config, tensors

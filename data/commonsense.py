@@ -157,6 +157,17 @@ def scoring_questions(record: dict, form: str, tokenizer, max_len: int) -> list[
     return [encode(tokenizer, prompt, [answer], max_len) for prompt, answer in pairs]
 
 
+def check_question(record: dict, form: str, tokenizer, max_len: int, trained: bool) -> None:
+    """UserError where `training_question`, or else `scoring_questions`, would refuse a record. Few records have to be
+    tokenised for that: a token stands for a byte of text at least, so that a short answer fits for sure."""
+    pairs = to_text(record, form)
+    if trained:
+        pairs = [pairs[record["label"]]]
+    longest = max(len(answer.encode()) for _, answer in pairs) + 3  # the start and end of a text, SentencePiece's space
+    if longest > max_len or not all(prompt.strip() for prompt, _ in pairs):
+        (training_question if trained else scoring_questions)(record, form, tokenizer, max_len)
+
+
 # ------------------------------------------------------------------------------------- tokens -> packed row
 
 class Packed(NamedTuple):

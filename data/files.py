@@ -146,7 +146,25 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str) -> No
     """Writes tensors, and a text beside them, as one safetensors file with a checksum, which `read_tensors` checks."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"info": info, "sha256": checksum(tensors, info)}
-    write_atomically(file, lambda path: save_file(tensors, path, metadata))
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, metadata)
+        sort_metadata(path)
+
+    write_atomically(file, write)
+
+
+def sort_metadata(file: Path) -> None:
+    """The same tensors and texts become the same file: safetensors sorts tensors, but writes the texts beside them in
+    an order that changes from call to call. The header, JSON behind its length in 8 bytes, keeps its length."""
+    with open(file, "r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # spaces up to its length are the format's own
+            handle.seek(8)
+            handle.write(text.ljust(size))
 
 
 def read_tensors(file: Path, with_info: bool = False):
@@ -161,6 +179,13 @@ def read_tensors(file: Path, with_info: bool = False):
     if metadata.get("sha256") not in (None, checksum(tensors, info)):
         raise UserError(f"{file}: its contents do not match their checksum; the file was damaged, copy it again")
     return (tensors, info) if with_info else tensors
+
+
+def read_info(file: Path) -> str:
+    """The text that `write_tensors` put beside the tensors of a file, "" in a file of others. The tensors stay unread,
+    and the checksum unchecked."""
+    with reading(file), safe_open(file, framework="pt") as handle:
+        return (handle.metadata() or {}).get("info", "")
 
 
 def fingerprint(parameters) -> str:

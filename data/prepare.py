@@ -25,6 +25,7 @@ from pathlib import Path
 if not __package__:  # run as a script: this folder is then the first place of imports, and its gguf.py would be `gguf`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data.cli import read_flags, run_command  # noqa: E402
+from data.commonsense import check_question  # noqa: E402
 from data.files import UserError, parse_json, unwritable, write_atomically  # noqa: E402
 from data.sources import TABLE, choose_source, fetch_records  # noqa: E402
 
@@ -82,9 +83,11 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
     check_names([task], [split], (*SPLITS, "val"))
     if split == "val":
         return hold_out(load_records(task, "train", out))[1]
-    file = Path(out) / task / f"{split}.jsonl"
+    file = file_of(task, split, out)
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
+    if file.exists() and not (file.is_file() or file.is_dir()):  # which might have no end
+        raise UserError(f"{file}: a pipe or a device; expected a file with records, see data/prepare.py")
     try:
         lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:
@@ -97,6 +100,32 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
         if problem := record_problem(task, records[-1]):
             raise UserError(f"{file}, line {number}: {problem}")
     return records
+
+
+def file_of(task: str, split: str, out: str | Path = DEFAULT) -> Path:
+    return Path(out) / task / f"{'train' if split == 'val' else split}.jsonl"
+
+
+def line_numbers(records: list[dict], split: str, out: str | Path = DEFAULT) -> dict[str, list[int]]:
+    """{task: the lines of its file, counted from 1} of records that `load_records` gave."""
+    found = {}
+    for task in dict.fromkeys(record["task"] for record in records):
+        lines = list(map(json.dumps, load_records(task, "train" if split == "val" else split, out)))
+        found[task] = [lines.index(json.dumps(record)) + 1 for record in records if record["task"] == task]
+    return found
+
+
+def check_records(records: list[dict], split: str, form: str, tokenizer, max_len: int,
+                  out: str | Path = DEFAULT) -> None:
+    """UserError, with file and line, for the first record that makes no question: one without a text in this form, or
+    with an answer longer than `max_len` tokens. Of "train" records the right answer counts, which is trained; of "val"
+    and "test" records all choices, which are scored."""
+    for record in records:
+        try:
+            check_question(record, form, tokenizer, max_len, trained=split == "train")
+        except UserError as error:
+            (task, (line,)), = line_numbers([record], split, out).items()
+            raise UserError(f"{file_of(task, split, out)}, line {line}: {error}") from None
 
 
 def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -21,26 +21,9 @@ from pathlib import Path
 
 import torch
 
-from data.files import (UserError, claim, move_aside, read_json, read_tensors, unwritable, write_json,
-                        write_tensors)
-
-
-def read_facts(directory: Path) -> dict:
-    """The config.json of the run in a directory; UserError if there is no run."""
-    facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
-    if not {"config", "dtype", "steps", "data_sha256"} <= set(facts):
-        raise UserError(f"--resume {directory}: there is no run; expected a directory with the config.json of one")
-    return facts
-
-
-def unusable(directory: Path) -> str | None:
-    """Why a run cannot have this directory; None if it can. An earlier run there is moved aside, nothing else is."""
-    if problem := unwritable(directory):
-        return problem
-    other_things = directory.is_dir() and any(directory.iterdir()) and not (directory / "metrics.jsonl").exists()
-    if other_things or directory.resolve() == Path.cwd():
-        return f"{directory}: the directory holds other things than a run; expected a new or empty one"
-    return None
+from data.files import UserError, claim, listed, misfits, move_aside, read_json, read_tensors, write_json, write_tensors
+from data.prepare import task_names
+from data.resume import halves, is_run, misplaced, parse_info, unusable
 
 
 class Run:
@@ -52,59 +35,92 @@ class Run:
         self.checkpoint = directory / "state.safetensors"
         self.metrics = None     # the writer's open metrics.jsonl, from `begin` to `close`
         self.saved_steps = None
+        self.facts = {}
+        self.results = None     # those of a run that had ended before
 
-    def begin(self, facts: dict, resume: bool) -> tuple[dict[str, torch.Tensor], dict]:
-        """Takes the directory over and writes its config.json, which holds `facts`. Returns the tensors and the info
-        that `save` was given last; of a new run, both are empty."""
+    def begin(self, facts: dict, resume: bool, expected: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+        """Takes the directory over for the run of `facts`. Returns the tensors and the info that `save` was given last;
+        of a new run, both are empty. expected: what the tensors have to be like. Nothing is overwritten yet."""
+        self.facts = facts
         if self.is_writer:
             self.take_over(resume)
-        tensors, info = {}, {}
         if resume and self.checkpoint.exists():
-            tensors, info = self.load(facts)
-        elif resume:
+            return self.load(expected)
+        if resume:
             print("nothing was saved yet: starting over")
-        if self.is_writer:
-            self.metrics.truncate(info.get("metrics", 0))  # lines of steps that were not saved come again
-        if not info:
-            self.record(facts)
-        self.write("config.json", facts)
-        return tensors, info
+        return {}, {}
 
     def take_over(self, resume: bool) -> None:
         """Makes this process the one that writes here. A new run overwrites nothing: an earlier one is moved aside."""
-        if not resume and (self.directory / "metrics.jsonl").exists():
+        if problem := misplaced(self.directory) if resume else unusable(self.directory):  # since the flags were read
+            raise UserError(problem)
+        if not resume and is_run(self.directory):
             self.lock()
             aside = move_aside(self.directory)
             self.metrics.close()
             print(f"the earlier run in {self.directory} is now in {aside}")
         self.directory.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for half in [*self.directory.glob(".*.tmp"), *self.directory.glob("*/.*.tmp")]:
-            half.unlink()  # It is of a process that was killed while it wrote.
+        for half in halves(self.directory):
+            half.unlink()
 
     def lock(self) -> None:
         self.metrics = open(self.directory / "metrics.jsonl", "a")
         claim(self.metrics, self.directory)
 
-    def load(self, facts: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    def load(self, expected: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict]:
         """The tensors and the info of the checkpoint; UserError if the run of `facts` cannot go on from there."""
         tensors, text = read_tensors(self.checkpoint, with_info=True)
-        info, before = json.loads(text), read_facts(self.directory)
-        if before["data_sha256"] != facts["data_sha256"]:
-            raise UserError(f"--resume {self.directory}: the training or validation records have changed since the "
-                            "run began")
-        if info["step"] > facts["steps"]:
-            raise UserError(f"--resume {self.directory}: {info['step']} steps are done already, more than the "
-                            f"{facts['steps']} wanted")
-        print(f"going on after {info['step']} of {facts['steps']} steps")
-        self.saved_steps = info["step"]
+        info, what = parse_info(text, self.directory), f"--resume {self.directory}"
+        wrong = [f"{name} is {tensors[name].dtype}, expected {tensor.dtype}" for name, tensor in expected.items()
+                 if name in tensors and tensors[name].dtype != tensor.dtype]
+        if wrong := misfits(tensors, expected) or listed(wrong):
+            raise UserError(f"{what}: its checkpoint is of another version of train.py; start a new run ({wrong})")
+        if info["facts"]["data_sha256"] != self.facts["data_sha256"]:
+            raise UserError(f"{what}: the training or validation records have changed since the run began")
+        if info["facts"]["base_sha256"] != self.facts["base_sha256"]:
+            raise UserError(f"{what}: the weights of the base {self.facts['config']['init']} are others than those that "
+                            "the run began with (base_sha256)")
+        if info["step"] > self.facts["steps"]:
+            raise UserError(f"{what}: {info['step']} steps are done already, more than the {self.facts['steps']} wanted")
+        print(f"going on after {info['step']} of {self.facts['steps']} steps")
+        self.saved_steps, self.results = info["step"], self.earlier_results(info)
         return tensors, info
+
+    def earlier_results(self, info: dict) -> dict | None:
+        """What training.json says of a run in which nothing is left to do; None if something is."""
+        has_all_steps = info["step"] == self.facts["steps"]
+        if has_all_steps and info["facts"]["config"].get("test") == self.facts["config"]["test"]:
+            with suppress(UserError):  # Those that are missing or damaged are made again.
+                results = read_json(self.directory / "training.json")
+                return results if results.get("steps") == info["step"] else None
+
+    def start(self, tensors: dict[str, torch.Tensor], info: dict) -> None:
+        """What `begin` returned is in its place: from here on files are written."""
+        if not self.is_writer:
+            return
+        if info and info["facts"] != self.facts:  # The checkpoint learns of new settings before config.json has them.
+            write_tensors(self.checkpoint, tensors, json.dumps(info | {"facts": self.facts}))
+        if not self.results:
+            (self.directory / "training.json").unlink(missing_ok=True)  # of other settings
+        self.metrics.truncate(self.whole_lines(info.get("metrics", 0)))  # lines of steps that were not saved come again
+        self.write("config.json", self.facts)
+        if not os.fstat(self.metrics.fileno()).st_size:
+            self.record(self.facts)
+
+    def whole_lines(self, size: int) -> int:
+        """How many of the first `size` bytes of metrics.jsonl are there, as whole lines."""
+        content = (self.directory / "metrics.jsonl").read_bytes()[:size]
+        whole = content.rfind(b"\n") + 1
+        if whole < size:
+            print(f"metrics.jsonl has lost {size - whole} bytes since the checkpoint was saved; the run itself is whole")
+        return whole
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], info: dict) -> None:
         """Saves all that the steps from `step` on depend on. What was saved before stays until this is on the disk."""
         if self.is_writer:
             os.fsync(self.metrics.fileno())
-            info = info | {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size}
+            info = info | {"step": step, "metrics": os.fstat(self.metrics.fileno()).st_size, "facts": self.facts}
             write_tensors(self.checkpoint, tensors, json.dumps(info))
         self.saved_steps = step
 
@@ -132,36 +148,49 @@ class Run:
                 f"{program} train.py --resume {shlex.quote(str(self.directory))}")
 
 
+def introduce(facts: dict, n_training: int, n_validation: int) -> None:
+    """Says what the run of `facts` is about to do."""
+    c, n_base, n_trainable = facts["config"], facts["base_parameters"], facts["trainable_parameters"]
+    print(f"{c['init']}: {n_base:,} frozen parameters; {c['peft']}, gate {c['gate']}, r {c['r']}: {n_trainable:,} "
+          f"trainable, {100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
+          f"{facts['dtype'].removeprefix('torch.')}"
+          + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
+    print(f"{n_training:,} training and {n_validation} validation records of {', '.join(task_names(c['tasks']))}, "
+          f"{c['form']} form; loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
+
+
 class Progress:
     """Where a run stands, and what it says about that: on the screen, and as lines of metrics.jsonl."""
 
     def __init__(self, run: Run, steps: int, saved: dict, started: float):
         self.run, self.steps = run, steps
         self.best, self.n_cut = saved.get("best", math.inf), saved.get("cut", 0)
-        self.started = started - saved.get("seconds", 0.0)
+        self.started = started - saved.get("seconds", 0.0)  # by time.monotonic, as all times here
         # since the last progress line: its time, the tokens, its step
-        self.since, self.tokens, self.logged = time.time(), 0, saved.get("step", 0) - 1
+        self.since, self.tokens, self.logged = time.monotonic(), 0, saved.get("step", 0) - 1
 
     def seconds(self) -> float:
         """What the run has taken, without the time that it was stopped."""
-        return time.time() - self.started
+        return max(0.0, time.monotonic() - self.started)
 
     def info(self) -> dict:
         """What the next __init__ gets as `saved`, beside the step."""
         return {"steps": self.steps, "best": self.best, "cut": self.n_cut, "seconds": self.seconds()}
 
     def log(self, step: int, memory_gib: float, **numbers) -> None:
-        now = time.time()
-        line = {"step": step, **numbers, "tokens_per_s": self.tokens / (now - self.since), "memory_gib": memory_gib}
+        now = time.monotonic()
+        seconds = max(0.0, now - self.since)
+        speed = self.tokens / seconds if seconds else None  # on a clock too coarse for these steps
+        line = {"step": step, **numbers, "tokens_per_s": speed, "memory_gib": memory_gib}
         self.run.record(line)
-        left = (self.steps - 1 - step) * (now - self.since) / (step - self.logged)
+        left = (self.steps - 1 - step) * seconds / (step - self.logged)
         gates = ""
         if "gate_prompt" in line:
             gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
                      f" answer {line.get('gate_answer', math.nan):.2f}")
-        norm = math.nan if line["grad_norm"] is None else line["grad_norm"]
+        norm, speed = (math.nan if value is None else value for value in (line["grad_norm"], speed))
         print(f"step {step:>5}/{self.steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm {norm:.2f} | "
-              f"{line['tokens_per_s']:,.0f} tokens/s | {memory_gib:.1f} GiB | {clock(left)} left", flush=True)
+              f"{speed:,.0f} tokens/s | {memory_gib:.1f} GiB | {clock(left)} left", flush=True)
         self.since, self.tokens, self.logged = now, 0, step
 
     def validated(self, step: int, loss: float) -> bool:
@@ -175,9 +204,9 @@ class Progress:
     @contextmanager
     def paused(self):
         """The time spent in the block is not training's."""
-        start = time.time()
+        start = time.monotonic()
         yield
-        self.since += time.time() - start
+        self.since += time.monotonic() - start
 
 
 def clock(seconds: float) -> str:

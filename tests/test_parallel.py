@@ -65,7 +65,7 @@ def assert_same_curves(a, b):
     assert len(lines[0]) == len(lines[1]) > 10
     for x, y in zip(*lines):
         assert set(x) == set(y)
-        for key in {"step", "loss", "entropy", "lr", "grad_norm", "validation_loss"} & set(x):
+        for key in set(x) - {"tokens_per_s", "memory_gib"}:
             assert x[key] == pytest.approx(y[key], rel=1e-4), (key, x, y)
 
 

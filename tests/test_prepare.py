@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -112,6 +113,30 @@ def test_unknown_names():
         prepare.load_records("arc", "train")
     with pytest.raises(UserError, match="no split is called dev; expected train, test"):
         prepare.load_records("piqa", "dev")
+
+
+def test_a_pipe_or_device_in_the_place_of_records_is_refused(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    os.mkfifo(tmp_path / "piqa" / "train.jsonl")
+    (tmp_path / "piqa" / "test.jsonl").symlink_to("/dev/zero")
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=f"{split}.jsonl: a pipe or a device"):
+            prepare.load_records("piqa", split, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_record_is_found_again_by_file_and_line(split, tmp_path):
+    """Whichever split: "val" is a part of train.jsonl. A field of one's own may be nan, which equals nothing."""
+    (tmp_path / "piqa").mkdir()
+    records = [record | {"mine": math.nan} for record in sample("piqa", "train")]
+    name = "test" if split == "test" else "train"
+    (tmp_path / "piqa" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = prepare.load_records("piqa", split, tmp_path)
+    numbers = prepare.line_numbers(found, split, tmp_path)["piqa"]
+    assert [json.dumps(records[number - 1]) for number in numbers] == list(map(json.dumps, found))
+    tokenizer = types.SimpleNamespace(bos=None, eos=0, encode=lambda text, continues=False: list(text.encode()))
+    with pytest.raises(UserError, match=rf"piqa/{name}.jsonl, line {numbers[0]}: an answer of \d+ tokens does not fit into 16"):
+        prepare.check_records(found, split, "label", tokenizer, 16, tmp_path)
 
 
 def test_line_separators_inside_a_text(tmp_path):

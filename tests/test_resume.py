@@ -7,13 +7,14 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from conftest import write_llama
@@ -83,9 +84,9 @@ def test_what_a_run_has_counted_goes_on(llama, tmp_path, monkeypatch, capsys):
     train.main(flags(llama, tmp_path / "whole", *argv))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signal_at(patch, signal.SIGTERM, 8)
-        now, rate = time.time, train.learning_rate
+        now, rate = time.monotonic, train.learning_rate
         patch.setattr(train, "learning_rate", lambda at, *rest: (
-            patch.setattr(time, "time", lambda: now() + 1000) if at == 7 else None, rate(at, *rest))[1])
+            patch.setattr(time, "monotonic", lambda: now() + 1000) if at == 7 else None, rate(at, *rest))[1])
         train.main(flags(llama, tmp_path / "cut", *argv))
     losses = [line["validation_loss"] for line in metrics(tmp_path / "cut") if "validation_loss" in line]
     results = train.main(["--resume", str(tmp_path / "cut")])
@@ -93,6 +94,18 @@ def test_what_a_run_has_counted_goes_on(llama, tmp_path, monkeypatch, capsys):
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
     told = [line for line in capsys.readouterr().out.splitlines() if "lost the start of its prompt" in line]
     assert len(told) == 2 and told[0] == told[1]
+
+
+@pytest.mark.parametrize("clock", [lambda: 5.0, lambda ticks=[1e6]: ticks.append(ticks[-1] - 7) or ticks[-1]],
+                         ids=["stands still", "runs backwards"])
+def test_a_broken_clock_stops_no_run(clock, llama, tmp_path, monkeypatch):
+    train.main(flags(llama, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", clock)
+        patch.setattr(time, "time", clock)
+        results = train.main(flags(llama, tmp_path / "run"))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    assert results["seconds"] == 0 and metrics(tmp_path / "run")[1]["tokens_per_s"] is None
 
 
 def test_all_is_on_the_disk_before_the_state_says_so(llama, tmp_path, monkeypatch):
@@ -256,10 +269,224 @@ def test_other_settings_are_refused_by_name(stopped, capsys):
             train.main(["--resume", str(nothing)])
     config, facts = stopped / "config.json", json.loads((stopped / "config.json").read_text())
     config.write_text(json.dumps(facts | {"dtype": "torch.int8", "config": facts["config"] | {"form": "poem"}}))
-    with pytest.raises(UserError, match="--form poem: expected one of.*--dtype int8: expected one of"):
+    with pytest.raises(UserError, match="form is 'poem', was 'cloze'.*; dtype is 'torch.int8', was 'torch.float32'"):
         train.main(["--resume", str(stopped)])
     config.write_bytes(before[config])
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and not path.is_symlink()}
+
+
+def assert_refused(directory, *more, match, before=None):
+    """In one line, and nothing is overwritten."""
+    before = before or contents(directory)
+    with pytest.raises(UserError, match=match) as caught:
+        train.main(["--resume", str(directory), *more])
+    assert "\n" not in str(caught.value) and contents(directory) == before
+
+
+EDITED = {"lr": 0.02, "seed": 7, "batch": 5, "dropout": 0.3, "entropy_weight": 0.5, "weight_decay": 0.1, "alpha": 3.0,
+          "gate_lr": 0.5, "warmup": 3, "max_steps": 12, "skip_closed": 0.3, "epochs": 7, "eval_every": 4, "clip": 0.5,
+          "r": 8, "validation": 1, "limit": 5, "max_len": 100, "form": "label", "tasks": "piqa", "targets": "qkv",
+          "peft": "hira", "init": "gpt2", "gate_bias": 0.5}
+
+
+def test_edited_settings_are_refused_by_name_with_both_values(stopped):
+    config, facts = stopped / "config.json", json.loads((stopped / "config.json").read_text())
+    for name, value in EDITED.items():
+        config.write_text(json.dumps(facts | {"config": facts["config"] | {name: value}}))
+        assert_refused(stopped, match=re.escape(f"config.json: {name} is {value!r}, was {facts['config'][name]!r} when"))
+    assert_refused(stopped, "--gate-bias", "0.5", match="gate_bias is 0.5, was 0.0 when")  # no flag makes it true
+    del facts["config"]["lr"]
+    config.write_text(json.dumps(facts))
+    assert_refused(stopped, match="lr is None, was 0.01 when")
+
+
+def test_what_no_flag_may_change_is_refused_if_it_was_edited(stopped):
+    config, facts = stopped / "config.json", json.loads((stopped / "config.json").read_text())
+    for name, value in (("dtype", "torch.bfloat16"), ("data_sha256", "0"), ("base_sha256", "0"), ("adapter", {})):
+        config.write_text(json.dumps(facts | {name: value}))
+        assert_refused(stopped, match=f"config.json: {name} is .*, was .* when")
+
+
+WRONG = [None, [], {}, 10**400, -1, "x", True, 1.5, math.nan, "\0"]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_values_of_another_type_are_refused_in_one_line(saved, stopped):
+    config, facts = stopped / "config.json", json.loads((stopped / "config.json").read_text())
+    if not saved:
+        (stopped / "state.safetensors").unlink()
+    changed = [facts | {name: value} for name in facts for value in WRONG]
+    changed += [facts | {"config": facts["config"] | {name: value}} for name in facts["config"] for value in WRONG]
+    refused = 0
+    for wrong in changed:
+        config.write_text(json.dumps(wrong))
+        try:
+            train.parse(["--resume", str(stopped)])
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            refused += 1
+    assert refused > len(changed) * (0.85 if saved else 0.7)
+
+
+def test_a_change_of_settings_survives_a_crash(stopped):
+    """A run that got more steps and is killed before it saves: config.json and the checkpoint agree about them."""
+    process = PROCESSES.Process(target=killed_writing, args=("adapter.safetensors", ["--resume", str(stopped), "--max-steps", "20"]))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert train.main(["--resume", str(stopped)])["steps"] == 20
+
+
+def test_another_base_of_the_same_shape_is_refused_by_name(stopped, llama):
+    weights = load_file(llama / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] += 0.01
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(stopped, match=f"the weights of the base {llama} are others than those that the run began with")
+
+
+@pytest.mark.parametrize("left", ["all", "half a line", "a line", "nothing", "no file"])
+def test_metrics_that_were_cut_are_kept_and_told(left, stopped, tmp_path, capsys):
+    train.main(flags(tmp_path / "llama", tmp_path / "whole"))
+    file, lines = stopped / "metrics.jsonl", (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    file.write_text({"all": "".join(lines), "half a line": "".join(lines[:3]) + lines[3][:9], "a line": "".join(lines[:3])}.get(left, ""))
+    if left == "no file":
+        file.unlink()
+    capsys.readouterr()
+    train.main(["--resume", str(stopped)])
+    assert ("metrics.jsonl has lost" in capsys.readouterr().out) == (left != "all")
+    whole = timeless(tmp_path / "whole")
+    expected = {"all": whole, "half a line": whole[:3] + whole[len(lines):], "a line": whole[:3] + whole[len(lines):]}
+    assert [line for line in timeless(stopped) if "step" in line] == [
+        line for line in expected.get(left, whole[len(lines):]) if "step" in line]
+    assert "config" in metrics(stopped)[0] and same(adapter(tmp_path / "whole"), adapter(stopped))
+
+
+def test_a_run_that_has_ended_is_not_scored_again(llama, tmp_path, monkeypatch, capsys):
+    results = train.main(flags(llama, tmp_path / "run", "--test", "3"))
+    before = contents(tmp_path / "run")
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", None)
+    assert train.main(["--resume", str(tmp_path / "run")]) == results
+    assert train.main(["--resume", str(tmp_path / "run"), "--max-steps", "10"]) == results
+    out = capsys.readouterr().out
+    assert f"the run in {tmp_path / 'run'} had ended, nothing is left to do" in out and json.dumps(results) in out
+    same_files = [path for path in before if path.name not in ("config.json", "state.safetensors")]  # they name --resume's dtype
+    assert all(path.read_bytes() == before[path] for path in same_files)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    (tmp_path / "run" / "training.json").write_text("{")
+    for more in ([], ["--test", "2"]):  # results that are damaged, or wanted of another number of questions
+        assert set(train.main(["--resume", str(tmp_path / "run"), *more])["tasks"]) == {"piqa", "ARC-Easy"}
+    monkeypatch.setattr(train, "evaluate", None)
+    with pytest.raises(TypeError):  # stopped as it scores, it leaves no results of other settings behind
+        train.main(["--resume", str(tmp_path / "run"), "--test", "1"])
+    assert not (tmp_path / "run" / "training.json").exists()
+    assert train.main(["--resume", str(tmp_path / "run"), "--max-steps", "12", "--test", "0"])["steps"] == 12
+
+
+def changed_info(info, **changes):
+    return json.dumps(json.loads(info) | changes)
+
+
+STATES = {
+    "of others": lambda tensors, info, file: save_file(tensors, file),
+    "of others, with a text": lambda tensors, info, file: save_file(tensors, file, {"info": "[1"}),
+    "text of another kind": lambda tensors, info, file: write_tensors(file, tensors, '"step"'),
+    "an adapter": lambda tensors, info, file: shutil.copy(file.parent / "last" / "adapter.safetensors", file),
+    "other dtypes": lambda tensors, info, file: write_tensors(file, {k: t.bfloat16() for k, t in tensors.items()}, info),
+    "whole numbers": lambda tensors, info, file: write_tensors(file, {k: t.long() for k, t in tensors.items()}, info),
+    "other shapes": lambda tensors, info, file: write_tensors(file, {k: t[None] for k, t in tensors.items()}, info),
+    "without moments": lambda tensors, info, file: write_tensors(
+        file, {k: t for k, t in tensors.items() if "exp_avg" not in k}, info),
+    "nan": lambda tensors, info, file: write_tensors(file, {k: t * math.nan for k, t in tensors.items()}, info),
+    "no settings": lambda tensors, info, file: write_tensors(
+        file, tensors, json.dumps({k: v for k, v in json.loads(info).items() if k != "facts"})),
+    **{f"{name} {value}": lambda tensors, info, file, name=name, value=value: write_tensors(
+        file, tensors, changed_info(info, **{name: value}))
+       for name in ("step", "steps", "metrics", "best", "cut", "seconds", "scaler", "facts")
+       for value in (None, "x", [], -1, math.nan)},
+    "more steps than there are": lambda tensors, info, file: write_tensors(file, tensors, changed_info(info, step=11)),
+    "facts of another kind": lambda tensors, info, file: write_tensors(
+        file, tensors, changed_info(info, facts={"config": []})),
+}
+
+
+def test_a_foreign_checkpoint_is_refused_in_one_line(stopped):
+    file = stopped / "state.safetensors"
+    whole = file.read_bytes()
+    for name, write in STATES.items():
+        write(*read_tensors(file, with_info=True), file)
+        assert_refused(stopped, match="its checkpoint is of another version of train.py; start a new run")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
+def test_a_best_adapter_that_is_damaged_is_noticed_before_the_run_goes_on(name, stopped):
+    file = stopped / "best" / name
+    whole = file.read_bytes()
+    for damaged in (None, b"", whole[:-9], b"{}", b"[]"):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        assert_refused(stopped, match=f"best(/{name})?: ")
+    if name == "adapter.safetensors":
+        for text in ("[]", "{", '{"r": []}', '{"x": 1}'):
+            file.write_bytes(whole)
+            write_tensors(file, read_tensors(file), text)
+            assert_refused(stopped, match="best/adapter.safetensors: .|best: adapter.json is not")
+
+
+PLACES = ["config.json", "metrics.jsonl", "state.safetensors", "training.json", "best", "last", "best/adapter.json",
+          "last/adapter.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "directory"])
+@pytest.mark.parametrize("name", PLACES)
+def test_a_link_or_pipe_in_the_place_of_a_file_is_refused(name, kind, llama, tmp_path):
+    out, elsewhere, place = tmp_path / "run", tmp_path / "elsewhere", tmp_path / "run" / name
+    if kind == "directory" and name in ("best", "last"):
+        return
+    train.main(flags(llama, out, "--max-steps", "3"))
+    place.rename(elsewhere)
+    if kind == "link":
+        place.symlink_to(elsewhere)
+    elif kind == "dangling link":
+        place.symlink_to(tmp_path / "nowhere")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    before = contents(tmp_path)
+    for argv in (["--resume", str(out), "--max-steps", "5"], flags(llama, out)):
+        with pytest.raises(UserError, match=re.escape(f"{place}: a link, or something else that is no ")) as caught:
+            train.parse(argv)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="a link, or something else"):  # it was put there after the flags were read
+        train.Run(out).take_over(resume=True)
+    assert contents(tmp_path) == before
+
+
+def test_only_a_run_is_moved_aside(llama, tmp_path):
+    argv = flags(llama, tmp_path / "run", "--max-steps", "3")
+    (tmp_path / "run").mkdir()
+    for name, text in {"metrics.jsonl": '{"step": 0}\n', "config.json": '{"model_type": "llama"}', "notes.txt": "mine",
+                       ".config.json.bak.tmp.txt": "mine", "results.json": "{}"}.items():
+        file = tmp_path / "run" / name
+        file.write_text(text)
+        with pytest.raises(UserError, match="holds other things than a run"):
+            train.main(argv)
+        assert file.read_text() == text
+        file.unlink()
+    (tmp_path / "run" / "metrics.jsonl").touch()  # what a run leaves that is killed as it begins
+    (tmp_path / "run" / ".config.json.12.tmp").touch()
+    train.main(argv)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train.main(argv)
+    assert sorted(path.name for path in tmp_path.glob("run*")) == ["run", "run-1"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link: a link to nothing"):
+        train.main(flags(llama, tmp_path / "link"))
 
 
 def test_more_steps_are_allowed_and_told(stopped, capsys):
@@ -422,3 +649,12 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(llama, tmp_path)
         write_tensors(file, changed, text)
         with pytest.raises(UserError, match="its checkpoint is of another version of train.py; start a new run"):
             train.main(["--resume", str(tmp_path / "run")])
+
+
+def test_the_same_contents_are_the_same_file(tmp_path):
+    tensors = {"b.A": torch.randn(3, 4), "a": torch.arange(5), "b.step": torch.tensor(2.0)}
+    for number in range(16):
+        write_tensors(tmp_path / str(number), dict(random.sample(sorted(tensors.items()), 3)), '{"ü": "\\n"}\n\u2028 ü')
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(16)}) == 1
+    read, info = read_tensors(tmp_path / "0", with_info=True)
+    assert same(read, tensors) and info == '{"ü": "\\n"}\n\u2028 ü'

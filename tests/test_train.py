@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from conftest import write_gpt2, write_llama
-from data.commonsense import training_question
-from data.files import UserError
+from conftest import hub_files, write_gpt2, write_llama
+from data.commonsense import FORMS, check_question, scoring_questions, training_question
+from data.files import UserError, json_lines
 from data.prepare import load_records
-from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gated_layers, inject_adapters, load_adapter
+from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gate_values, gated_layers, inject_adapters, load_adapter
 from model import Transformer, load_tokenizer
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
@@ -105,6 +106,7 @@ def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
     optimizers = [torch.optim.AdamW(update, weight_decay=0.5), torch.optim.AdamW(gates, weight_decay=0.5)]
     for step, (numbers, factor) in enumerate(zip(train.batches(len(records), c), (1/3, 2/3, 1, 3/4, 1/2, 1/4))):
         loss = entropy = 0.0
+        opened = [], []  # gates of every layer, on prompt and on answer tokens
         n_answer = sum(len(questions[i].answers[0]) for i in numbers)
         n_token = sum(len(questions[i].prompt) + len(questions[i].answers[0]) - 1 for i in numbers)
         for prompt, (answer,), _ in (questions[i] for i in numbers):
@@ -112,6 +114,9 @@ def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
             logits = model(ids)[0, len(prompt) - 1:]
             loss = loss + F.cross_entropy(logits, torch.tensor(answer), reduction="sum") / n_answer
             entropy = entropy + gate_entropy(model) * ids.numel() / n_token
+            g = torch.cat(list(gate_values(model).values()))
+            opened[0].append(g[:, :len(prompt)])
+            opened[1].append(g[:, len(prompt):])
         (loss + 0.1 * entropy).backward()
         norm = torch.nn.utils.clip_grad_norm_(update + gates, 0.02)
         assert norm > 0.02
@@ -120,7 +125,8 @@ def test_a_run_is_this_plain_loop(llama, tmp_path, monkeypatch):
             optimizer.step()
             optimizer.zero_grad()
         expected = {"step": step, "loss": loss.item(), "entropy": entropy.item(), "grad_norm": norm.item(),
-                    "lr": 0.01 * factor}
+                    "lr": 0.01 * factor, "gate_prompt": torch.cat(opened[0], 1).mean().item(),
+                    "gate_answer": torch.cat(opened[1], 1).mean().item()}
         assert {key: lines[step][key] for key in expected} == pytest.approx(expected, rel=1e-5), step
     for name, tensor in adapter(tmp_path / "run").items():
         torch.testing.assert_close(tensor, adapter_state(model)[name].detach(), rtol=0, atol=1e-5)
@@ -132,7 +138,7 @@ def test_micro_batches_and_checkpointing_do_not_change_what_is_learnt(flags, lla
     run(tmp_path / "whole", llama, "--entropy-weight", "0.1")
     run(tmp_path / "cut", llama, "--entropy-weight", "0.1", *flags)
     for a, b in zip(metrics(tmp_path / "whole")[1:], metrics(tmp_path / "cut")[1:]):
-        for key in ("loss", "entropy", "grad_norm", "validation_loss"):
+        for key in ("loss", "entropy", "grad_norm", "validation_loss", "gate_prompt", "gate_answer"):
             assert (key in a) == (key in b)
             if key in a:
                 assert a[key] == pytest.approx(b[key], rel=2e-4)
@@ -162,7 +168,7 @@ def test_tokens_per_second_are_those_of_training(llama, tmp_path, monkeypatch):
         return evaluating(model)
 
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", lambda: clock[0])
+        patch.setattr(time, "monotonic", lambda: clock[0])
         patch.setattr(train, "learning_rate", count)
         patch.setattr(Transformer, "eval", wait)
         run(tmp_path / "run", llama, "--tasks", "piqa,boolq", "--validation", "2", "--epochs", "3", "--eval-every", "2")
@@ -264,6 +270,10 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--max-steps", "3"], ["--warmup 100: expected less than --max-steps 3"]),
     (["--peft", "lora", "--skip-closed", "0.1"], ["--skip-closed 0.1: lora"]),
     (["--seed", "-1"], ["--seed -1"]),
+    (["--max-steps", "9" * 20, "--batch", "9" * 20], ["--max-steps 99999999999999999999: expected 1e12 or less",
+                                                      "--batch 99999999999999999999: expected 1e12 or less"]),
+    (["--epochs", "1e400", "--batch", "9" * 5000], ["--epochs 1e400: expected a whole number", "--batch 999"]),
+    (["--gate-lr", "1e400"], ["--gate-lr inf"]),
     (["--out", str(Path(__file__).parent)], ["holds other things than a run"]),
     (["--out", __file__ + "/run"], ["a file is there"]),
     (["--lr"], ["--lr: expected one argument"]),
@@ -281,12 +291,70 @@ def test_bad_flags_are_reported_at_once(flags, messages):
     (("--validation", "500"), "--validation 500: only 8 records are held out"),
     (("--targets", "c_attn"), "no layer is named c_attn; this model has down_proj"),
     (("--r", "64"), "r 64 is larger than the smallest"),
+    (("--r", "9" * 30), "r 9* is larger than the smallest"),
+    (("--max-len", "9" * 30), "--max-len 9*: expected no more than the base's context of 512"),
     (("--data", "nowhere"), "nowhere"),
 ])
 def test_what_does_not_fit_the_model_or_data_is_refused_before_anything_is_written(flags, message, llama, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", llama, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def changed_sample(directory, task, split, number, **changes):
+    """data/sample, of which one record, counted from 1, is another."""
+    shutil.copytree(SAMPLE, directory)
+    records = load_records(task, split, SAMPLE)
+    records[number - 1] |= changes
+    (directory / task / f"{split}.jsonl").write_text(json_lines(records))
+    return ["--data", str(directory), "--tasks", task, "--validation", "1", "--form", "cloze"]
+
+
+@pytest.mark.parametrize("task, split, changes, flags, message", [
+    ("piqa", "train", {"choices": ["a " * 300, "b " * 300]}, [], "an answer of 60. tokens does not fit into 512: raise --max-len"),
+    ("piqa", "test", {"choices": ["a " * 300, "b"]}, ["--test", "9"], "an answer of 60. tokens does not fit into 512"),
+    ("hellaswag", "train", {"choices": ["[header]"] * 4}, [], "choice without text in cloze form"),
+    ("hellaswag", "test", {"choices": ["a", "b", "[title]", "d"]}, ["--test", "9"], "choice without text in cloze form"),
+    ("hellaswag", "train", {"question": "[step]"}, [], "an empty prompt"),
+    ("winogrande", "train", {"question": "The end is a _"}, [], "choice without text in cloze form"),
+])
+def test_a_record_that_makes_no_question_is_refused_by_line_before_the_first_step(task, split, changes, flags, message,
+                                                                                  llama, tmp_path):
+    held_out = load_records(task, "val", SAMPLE)
+    trained = [n for n, record in enumerate(load_records(task, "train", SAMPLE), 1) if record not in held_out]
+    held = [n for n, record in enumerate(load_records(task, "train", SAMPLE), 1) if record in held_out]
+    for number in (trained[-1], held[0]) if split == "train" else (3,):
+        data = changed_sample(tmp_path / str(number), task, split, number, **changes)
+        where = re.escape(f"{tmp_path}/{number}/{task}/{split}.jsonl, line {number}: ")
+        with pytest.raises(UserError, match=f"{where}.*{message}"):
+            run(tmp_path / "run", llama, *data, *flags)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_record_counts_by_what_is_read_of_it(llama, tmp_path):
+    """The wrong choice of a record that is trained on is not read, nor is a record beyond --limit."""
+    few = ["--max-steps", "1", "--warmup", "0", "--limit", "2"]
+    wrong = 1 - load_records("piqa", "train", SAMPLE)[0]["label"]
+    choices = ["a " * 300 if i == wrong else "b" for i in (0, 1)]
+    run(tmp_path / "run", llama, *changed_sample(tmp_path / "wrong", "piqa", "train", 1, choices=choices), *few)
+    run(tmp_path / "run2", llama, *changed_sample(tmp_path / "last", "piqa", "train", 6, choices=["a " * 300] * 2), *few)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "llama-2"])
+def test_records_are_checked_as_they_are_tokenised(tokenizer, llama):
+    """At every length, check_question refuses what making the question refuses."""
+    tokenizer = load_tokenizer(llama if tokenizer == "bytes" else hub_files("llama-2-7b-chat"))
+    for task, form, trained in itertools.product(("piqa", "hellaswag", "winogrande"), FORMS, (True, False)):
+        make = training_question if trained else scoring_questions
+        for record, max_len in itertools.product(load_records(task, "train", SAMPLE)[:3], range(16, 160)):
+            refused = []
+            for question in (lambda *a: check_question(*a, trained), make):
+                try:
+                    question(record, form, tokenizer, max_len)
+                    refused.append("")
+                except UserError as error:
+                    refused.append(str(error))
+            assert refused[0] == refused[1], (task, form, max_len)
 
 
 def test_gpt2_trains_too(tmp_path):
@@ -352,14 +420,14 @@ def test_twins_of_held_out_records_are_left_out(llama, tmp_path, capsys):
     assert "4 records occur more than once" in capsys.readouterr().out
 
 
-def test_mean_gates_tells_prompt_from_answer(llama):
+def test_gate_sums_tell_prompt_from_answer(llama):
     model = Transformer.from_pretrained(llama)
     inject_adapters(model, AdapterConfig(r=4))
     model(torch.arange(6)[None])
     is_answer = torch.tensor([[False, False, False, True, True, True]])
     for layer in gated_layers(model).values():
         layer.gate_logit = torch.where(is_answer, 100.0, -100.0)[..., None]
-    assert train.mean_gates(model, is_answer) == {"gate_prompt": 0.0, "gate_answer": 1.0}
+    assert train.gate_sums(model, is_answer).tolist() == [0, 3]
 
 
 def test_a_run_does_not_touch_what_is_not_a_run(llama, tmp_path):
