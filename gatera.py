@@ -200,8 +200,8 @@ class DoRA(LoRA):
         """n = row norms (out,) of W0 + s B A, without making that matrix:
         n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
         A, B, s = self.A, self.B, self.scaling
-        with torch.autocast(A.device.type, enabled=False):  # in float32: m/n is 1 but for a few parts in a thousand
-            cross = (W0.to(A.dtype) @ A.T * B).sum(1)                               # (out,)
+        with torch.autocast(A.device.type, enabled=False):  # sums in float32: m/n is 1 but for a few parts in a thousand
+            cross = (linear(W0, A) * B).sum(1)                                      # (out,), W0 A^T in the dtype of W0
             return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.T) * B).sum(1)).sqrt()
 
     def merged(self, W0: torch.Tensor) -> torch.Tensor:

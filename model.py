@@ -167,9 +167,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 @torch.compiler.disable  # other lengths would be another graph for each batch
 def attend_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """`attend` for each document of a packed row (1, N, heads, S) in turn: on a CPU, quicker than a padded grid."""
-    documents = zip(*(z.split(lengths.tolist(), dim=1) for z in (q, k, v)))
-    return torch.cat([attend(*document) for document in documents], dim=1)
+    """`attend` for each document of a packed row (1, N, heads, S) in turn: on a CPU, quicker than a padded grid. In
+    float32 or better, outside autocast: there, the backward of such small products takes five times longer in bfloat16."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        documents = zip(*(z.to(dtype).split(lengths.tolist(), dim=1) for z in (q, k, v)))
+        return torch.cat([attend(*document) for document in documents], dim=1).to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -194,10 +197,10 @@ class Attention(nn.Module):
         if flow.lengths is not None:
             return self.o_proj(attend_by_document(q, k, v, flow.lengths).flatten(2))
         if flow.grid is not None:                                     # one packed row -> (D, L, heads, S)
-            q, k, v = (z[0][flow.grid] for z in (q, k, v))
+            q, k, v = (z[0].index_select(0, flow.grid.flatten()).unflatten(0, flow.grid.shape) for z in (q, k, v))
         y = attend(q, k, v, None if flow.cache is None else flow.cache.mask).flatten(2)   # (B, T, H * S)
         if flow.grid is not None:                                     # (D, L, H * S) -> one packed row, (1, N, H * S)
-            y = y.flatten(0, 1)[flow.cell][None]
+            y = y.flatten(0, 1).index_select(0, flow.cell)[None]
         return self.o_proj(y)
 
 
@@ -309,7 +312,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, flow)
         if select is not None:
-            x = x.flatten(0, 1)[select]                                            # (M, C)
+            x = x.flatten(0, 1).index_select(0, select)                                          # (M, C)
         return self.head(self.norm(x))
 
     # --------------------------------------------------------------------------------------- generation
