@@ -82,7 +82,7 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
         logits = model(batch.ids, documents=batch.documents, select=batch.select)        # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))             # sums want more than bf16
         log_p = -F.cross_entropy(logits, batch.targets, reduction="none")                # (M,)
-        sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p)    # (D,), D answers
+        sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p)    # (D,), an answer a document
         for i, answers in zip(row, sums.cpu().split([len(questions[i].answers) for i in row])):
             scores[i] = answers.tolist()
     return scores

@@ -385,7 +385,8 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
             with autocast:
                 logits = model(row.ids, documents=row.documents, select=row.select)                  # (M, V)
                 l_task = F.cross_entropy(logits.float(), row.targets, reduction="sum") * weight / batch.n_answer
-                l_ent = gate_entropy(model) * (weight * row.ids.numel() / batch.n_token)
+                is_real = row.is_prompt | row.is_answer
+                l_ent = gate_entropy(model, is_real) * (weight * is_real.sum() / batch.n_token)
             scaler.scale(l_task + c.entropy_weight * l_ent).backward()
             loss, entropy = loss + l_task.detach(), entropy + l_ent.detach()
 
@@ -407,7 +408,7 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
         is_last = step == steps - 1
         progress.tokens, progress.n_cut = progress.tokens + batch.n_token, progress.n_cut + batch.n_cut
         if step % c.log_every == 0 or is_last:
-            progress.log(step, loss=loss, entropy=entropy, **mean_gates(model, row.is_answer),  # last row's
+            progress.log(step, loss=loss, entropy=entropy, **mean_gates(model, row),  # last row's
                          lr=optimizer.param_groups[0]["lr"], grad_norm=norm if math.isfinite(norm) else None,
                          memory_gib=peak_memory(team.device))
         if validation and ((step + 1) % c.eval_every == 0 or is_last):
@@ -425,13 +426,13 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
 
-def mean_gates(model: Transformer, is_answer: torch.Tensor) -> dict[str, float]:
-    """Mean gate on prompt and on answer tokens in the last forward, {} without gates; is_answer (1, N)."""
+def mean_gates(model: Transformer, row: Packed) -> dict[str, float]:
+    """Mean gate on prompt and on answer tokens of the row, which the last forward has read; {} without gates."""
     gates = gate_values(model)
     if not gates:
         return {}
     mean = torch.stack(list(gates.values())).float().mean(0)                    # over layers: (1, N)
-    parts = {"gate_prompt": mean[~is_answer], "gate_answer": mean[is_answer]}
+    parts = {"gate_prompt": mean[row.is_prompt], "gate_answer": mean[row.is_answer]}
     return {name: part.mean().item() for name, part in parts.items() if len(part)}
 
 

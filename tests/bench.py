@@ -88,7 +88,8 @@ def our_side(args, method):
         batch = pack(questions).to(args.device)
         with torch.autocast(args.device.split(':')[0], dtype=args.dtype, enabled=args.dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents, select=batch.select)
-            loss = F.cross_entropy(logits.float(), batch.targets) + 0.01 * gate_entropy(model)
+            loss = F.cross_entropy(logits.float(), batch.targets)
+            loss = loss + 0.01 * gate_entropy(model, batch.is_prompt | batch.is_answer)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from conftest import write_gpt2, write_llama
-from data.commonsense import training_question
+from data.commonsense import Question, pack, training_question
 from data.files import UserError
 from data.prepare import load_records
 from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gated_layers, inject_adapters, load_adapter
@@ -355,11 +355,12 @@ def test_twins_of_held_out_records_are_left_out(llama, tmp_path, capsys):
 def test_mean_gates_tells_prompt_from_answer(llama):
     model = Transformer.from_pretrained(llama)
     inject_adapters(model, AdapterConfig(r=4))
-    model(torch.arange(6)[None])
-    is_answer = torch.tensor([[False, False, False, True, True, True]])
+    row = pack([Question(list(range(30)), [[1, 2, 3, 4]])])
+    assert row.ids.shape == (1, 34)  # 33 tokens and one of filler, which does not count
     for layer in gated_layers(model).values():
-        layer.gate_logit = torch.where(is_answer, 100.0, -100.0)[..., None]
-    assert train.mean_gates(model, is_answer) == {"gate_prompt": 0.0, "gate_answer": 1.0}
+        layer.gate_logit = torch.where(row.is_answer, 100.0, -100.0)[..., None]
+        layer.gate_logit[0, 33] = math.nan
+    assert train.mean_gates(model, row) == {"gate_prompt": 0.0, "gate_answer": 1.0}
 
 
 def test_a_run_does_not_touch_what_is_not_a_run(llama, tmp_path):
