@@ -337,7 +337,7 @@ class Settings:
     max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
     skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # auto: bfloat16 on cuda, float32 on cpu and for --export
+    dtype: str = "auto"             # auto: bfloat16 on what computes in it, float32 for --export
     out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
     # instead of an evaluation
     compare: list = None            # evaluated runs against the first; commas, or a directory, join a method's seeds

@@ -95,7 +95,7 @@ class Config:
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
+    dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on what computes in it
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
     fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
