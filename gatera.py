@@ -373,9 +373,9 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
     if not logits:
         return torch.zeros((), device=next(model.parameters()).device)
-    z = torch.cat(logits, dim=-1)                                                   # (B, T, gates)
-    a = z.abs() if mask is None else z[mask].abs()
-    return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
+    a = torch.cat(logits, dim=-1).abs()                                             # (B, T, gates)
+    H = (F.softplus(-a) + a * torch.sigmoid(-a)).mean(-1)                           # (B, T)
+    return H.mean() if mask is None else (H * mask).sum() / mask.sum()
 
 
 def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -160,9 +160,17 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """softmax(q k^T / sqrt(S)) v (arXiv 1706.03762, equation 1), causal without a mask. q (B, T, H, S), k and v
     (B, T, K, S): H / K query heads share a key/value head (arXiv 2305.13245). Returns (B, T, H, S)."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, heads, T, S)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                       enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.is_cuda and not (mask is None and q.element_size() == 2 and is_ampere(q.device)):
+        k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
     return y.transpose(1, 2)
+
+
+def is_ampere(device: torch.device) -> bool:
+    """Whether flash attention runs there, the only quick kernel on GPUs that knows shared heads. It takes half precision
+    and no mask; the others would compute the whole matrix of scores first."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 class Trees:

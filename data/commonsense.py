@@ -172,8 +172,9 @@ class Packed(NamedTuple):
     is_prompt: torch.Tensor  # (1, N)  True on prompt tokens
     is_answer: torch.Tensor  # (1, N)  True on answer tokens
 
-    def to(self, device) -> "Packed":
-        return Packed(*(tensor.to(device, non_blocking=True) for tensor in self))
+    def to(self, device: torch.device) -> "Packed":
+        pinned = [tensor.pin_memory() for tensor in self] if device.type == "cuda" else self
+        return Packed(*(tensor.to(device, non_blocking=True) for tensor in pinned))  # a GPU goes on computing meanwhile
 
 
 def few_lengths(n: int) -> int:

@@ -94,7 +94,7 @@ def our_side(args, method):
         compile_blocks(model)
 
     def step(questions):
-        batch = pack(questions).to(args.device)
+        batch = pack(questions).to(torch.device(args.device))
         with torch.autocast(args.device.split(':')[0], dtype=args.dtype, enabled=args.dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents, select=batch.select)
             loss = F.cross_entropy(logits.float(), batch.targets)
@@ -357,7 +357,7 @@ def steps_with_gates(args):
         a, b = in_turn(args, lambda: steps[plain](work), lambda: steps[gated](work))
         yield f"token gate on {plain}", f"{100 * (b / a - 1):+.1f} %", f"a step without it, {a:.2f} s"
     skipping, model = our_side(variant(args, adapter=dict(skip_closed=0.5)), "gatera")
-    open_a_fifth(model, pack(work).to(args.device))
+    open_a_fifth(model, pack(work).to(torch.device(args.device)))
     a, b, c = in_turn(args, *(lambda step=step: step(work) for step in (steps["lora"], steps["gatera"], skipping)))
     opened = torch.cat([layer.gate_logit.detach().flatten() > 0 for layer in gated_layers(model).values()])
     yield (f"gatera --skip-closed, {100 * opened.float().mean():.0f} % of gates open",
