@@ -85,7 +85,7 @@ def log_likelihoods(model: Transformer, questions: list[Question], row_tokens: i
         logits = model(batch.ids, documents=batch.documents, select=batch.select)        # (M, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))             # sums want more than bf16
         log_p = -F.cross_entropy(logits, batch.targets, reduction="none")                # (M,)
-        sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p)    # (D,), D answers
+        sums = log_p.new_zeros(len(batch.documents)).index_add(0, batch.owner, log_p)    # (D,), an answer a document
         for i, answers in zip(row, sums.cpu().split([len(questions[i].answers) for i in row])):
             scores[i] = answers.tolist()
     return scores
@@ -319,7 +319,7 @@ class Settings:
     max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
     skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # auto: bfloat16 on cuda, float32 on cpu and for --export
+    dtype: str = "auto"             # auto: bfloat16 on what computes in it, float32 for --export
     out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
     # instead of an evaluation
     compare: list = None            # evaluated runs against the first; commas, or a directory, join a method's seeds

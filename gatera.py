@@ -200,8 +200,8 @@ class DoRA(LoRA):
         """n = row norms (out,) of W0 + s B A, without making that matrix:
         n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
         A, B, s = self.A, self.B, self.scaling
-        with torch.autocast(A.device.type, enabled=False):  # in float32: m/n is 1 but for a few parts in a thousand
-            cross = (W0.to(A.dtype) @ A.T * B).sum(1)                               # (out,)
+        with torch.autocast(A.device.type, enabled=False):  # sums in float32: m/n is 1 but for a few parts in a thousand
+            cross = (linear(W0, A) * B).sum(1)                                      # (out,), W0 A^T in the dtype of W0
             return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.T) * B).sum(1)).sqrt()
 
     def merged(self, W0: torch.Tensor) -> torch.Tensor:
@@ -373,9 +373,9 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
     if not logits:
         return torch.zeros((), device=next(model.parameters()).device)
-    z = torch.cat(logits, dim=-1)                                                   # (B, T, gates)
-    a = z.abs() if mask is None else z[mask].abs()
-    return (F.softplus(-a) + a * torch.sigmoid(-a)).mean()
+    a = torch.cat(logits, dim=-1).abs()                                             # (B, T, gates)
+    H = (F.softplus(-a) + a * torch.sigmoid(-a)).mean(-1)                           # (B, T)
+    return H.mean() if mask is None else (H * mask).sum() / mask.sum()
 
 
 def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ class Flow(NamedTuple):
     # read) and the documents [[0 1 2], [0 1 3]]. Attention works on D * L cells, the rest of the model on the row:
     grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
     cell: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
-    lengths: torch.Tensor | None  # (D,) on a CPU, where documents lie end to end and share nothing: one by one, no grid
+    trees: "Trees | None"       # on a CPU, used instead of the grid
     cache: "KVCache | None"
 
 
@@ -160,16 +160,47 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     """softmax(q k^T / sqrt(S)) v (arXiv 1706.03762, equation 1), causal without a mask. q (B, T, H, S), k and v
     (B, T, K, S): H / K query heads share a key/value head (arXiv 2305.13245). Returns (B, T, H, S)."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, heads, T, S)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                       enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.is_cuda and not (mask is None and q.element_size() == 2 and is_ampere(q.device)):
+        k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
     return y.transpose(1, 2)
 
 
-@torch.compiler.disable  # other lengths would be another graph for each batch
-def attend_by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """`attend` for each document of a packed row (1, N, heads, S) in turn: on a CPU, quicker than a padded grid."""
-    documents = zip(*(z.split(lengths.tolist(), dim=1) for z in (q, k, v)))
-    return torch.cat([attend(*document) for document in documents], dim=1)
+def is_ampere(device: torch.device) -> bool:
+    """Whether flash attention runs there, the only quick kernel on GPUs that knows shared heads. It takes half precision
+    and no mask; the others would compute the whole matrix of scores first."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+class Trees:
+    """A packed row on a CPU as trees: documents that share their first token are the branches of one. A tree has a length
+    and, if it has several branches, a mask (length, length): a token sees another one that is not later in the row, if
+    some document holds both. `end_to_end`: whether the row is such a sequence of trees, with no more than filler behind."""
+
+    def __init__(self, documents: torch.Tensor, T: int):
+        holds = torch.zeros(len(documents), T + 1, dtype=torch.bool)
+        holds = holds.scatter_(1, documents.where(documents >= 0, T), True)[:, :T]            # (D, T)
+        branches = torch.unique_consecutive(documents[:, 0], return_counts=True)[1].tolist()
+        self.lengths, self.masks, end = [], [], 0
+        self.end_to_end = bool(((documents.diff() > 0) | (documents[:, 1:] < 0)).all())       # each document in order
+        for tree in holds.split(branches):                                                    # (branches, T)
+            start, end = end, end + int(tree.any(0).sum())
+            tree = tree[:, start:end]
+            self.lengths.append(end - start)
+            self.masks.append(None if len(tree) == 1 else (tree[:, :, None] & tree[:, None]).any(0).tril())
+            self.end_to_end &= bool(tree.any(0).all())
+        self.filler = T - end
+
+    @torch.compiler.disable  # other lengths would be another graph for each batch
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`attend` for each tree in turn, q (1, N, H, S), k and v (1, N, K, S): quicker than a padded grid. In float32 or
+        better, outside autocast: the backward of such small products takes five times longer in bfloat16."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            parts = zip(*(z.to(dtype).split([*self.lengths, self.filler], dim=1) for z in (q, k, v)), self.masks)
+            y = torch.cat([attend(*qkv_and_mask) for qkv_and_mask in parts], dim=1)
+            return F.pad(y, (0, 0, 0, 0, 0, self.filler)).to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -191,13 +222,13 @@ class Attention(nn.Module):
             q, k = rotate(q, *flow.rotary), rotate(k, *flow.rotary)
         if flow.cache is not None:
             k, v = flow.cache.update(self.layer, k, v)                # (B, max_len, K, S)
-        if flow.lengths is not None:
-            return self.o_proj(attend_by_document(q, k, v, flow.lengths).flatten(2))
+        if flow.trees is not None:
+            return self.o_proj(flow.trees.attend(q, k, v).flatten(2))
         if flow.grid is not None:                                     # one packed row -> (D, L, heads, S)
-            q, k, v = (z[0][flow.grid] for z in (q, k, v))
+            q, k, v = (z[0].index_select(0, flow.grid.flatten()).unflatten(0, flow.grid.shape) for z in (q, k, v))
         y = attend(q, k, v, None if flow.cache is None else flow.cache.mask).flatten(2)   # (B, T, H * S)
         if flow.grid is not None:                                     # (D, L, H * S) -> one packed row, (1, N, H * S)
-            y = y.flatten(0, 1)[flow.cell][None]
+            y = y.flatten(0, 1).index_select(0, flow.cell)[None]
         return self.o_proj(y)
 
 
@@ -265,13 +296,14 @@ class Transformer(nn.Module):
         positions  (B, T) position of each token in its document; the default counts from 0 in each document.
         documents  (D, L) packs D documents into one row, B = 1: documents[d, t] is the place in the row of token t
                    of document d, -1 past its end. A document sees itself alone. Documents may share tokens at
-                   their start: the choices of a question share its prompt, which is then computed once.
+                   their start: the choices of a question share its prompt, which is then computed once. Places of
+                   no document are filler, which nobody sees.
         select     (M,) the places, in the B * T tokens, whose logits are wanted; None: all of them.
         cache      keys and values of earlier tokens; `positions` are then required, and say which slots to fill.
         Returns (M, V), or (B, T, V) without `select`. Raises ValueError where shapes do not fit together.
         """
         config, (B, T) = self.config, ids.shape
-        lengths = grid = cell = None
+        trees = grid = cell = None
         if documents is not None:
             if B != 1 or cache is not None:
                 raise ValueError(f"documents pack one row without a cache; got {B} rows, cache {cache is not None}")
@@ -283,8 +315,8 @@ class Transformer(nn.Module):
             # their gradients would queue for that one on a GPU.
             grid = torch.where(documents < 0, cells.view_as(documents) % T, documents)
             if documents.device.type == "cpu" and not torch.compiler.is_compiling():
-                end_to_end = torch.equal(documents[documents >= 0], torch.arange(T))
-                lengths = (documents >= 0).sum(1) if end_to_end else None
+                trees = Trees(documents, T)
+                trees = trees if trees.end_to_end else None
             if positions is None:
                 positions = (cell % documents.shape[1])[None]
         elif positions is None:
@@ -302,14 +334,14 @@ class Transformer(nn.Module):
             angles = positions[..., None].float() * inverse_frequencies(config, ids.device)  # (B, T, S/2)
             angles = torch.cat((angles, angles), dim=-1)[:, :, None]               # (B, T, 1, S)
             rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
-        flow = Flow(rotary, grid, cell, lengths, None if cache is None else cache.at(positions))
+        flow = Flow(rotary, grid, cell, trees, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
             else:
                 x = block(x, flow)
         if select is not None:
-            x = x.flatten(0, 1)[select]                                            # (M, C)
+            x = x.flatten(0, 1).index_select(0, select)                                          # (M, C)
         return self.head(self.norm(x))
 
     # --------------------------------------------------------------------------------------- generation

@@ -97,7 +97,7 @@ class Config:
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on cuda, float32 on cpu
+    dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on what computes in it
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
     fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
@@ -384,10 +384,10 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
             with autocast:
                 logits = model(row.ids, documents=row.documents, select=row.select)                  # (M, V)
                 l_task = F.cross_entropy(logits.float(), row.targets, reduction="sum") * weight / batch.n_answer
-                l_ent = gate_entropy(model) * (weight * row.ids.numel() / batch.n_token)
+                l_ent = gate_entropy(model, row.is_real) * (weight * row.is_real.sum() / batch.n_token)
             scaler.scale(l_task + c.entropy_weight * l_ent).backward()
             loss, entropy = loss + l_task.detach(), entropy + l_ent.detach()
-            gates = gates + weight * gate_sums(model, row.is_answer)
+            gates = gates + weight * gate_sums(model, row)
 
         # Over all processes; a signal to one of them stops all.
         sums = torch.stack([loss, entropy, *gates, loss.new_full((), len(signals.caught))])
@@ -425,14 +425,14 @@ def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signal
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
 
-def gate_sums(model: Transformer, is_answer: torch.Tensor) -> torch.Tensor:
-    """The gates of the last forward, means over layers, summed over prompt and over answer tokens: (2,), or (0,)
-    without gates; is_answer (1, N)."""
+def gate_sums(model: Transformer, row: Packed) -> torch.Tensor:
+    """The gates of the row that the last forward has read, means over layers, summed over prompt and over answer tokens:
+    (2,), or (0,) without gates."""
     gates = gate_values(model)
     if not gates:
-        return torch.zeros(0, device=is_answer.device)
+        return torch.zeros(0, device=row.ids.device)
     mean = torch.stack(list(gates.values())).float().mean(0)                    # over layers: (1, N)
-    return torch.stack([mean[~is_answer].sum(), mean[is_answer].sum()])
+    return torch.stack([(mean * row.is_prompt).sum(), (mean * row.is_answer).sum()])
 
 
 def mean_gates(sums: list[float], batch: Batch) -> dict[str, float]:

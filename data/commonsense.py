@@ -11,6 +11,7 @@ In both forms a question is a prompt and an answer, the text that continues it, 
 of questions, with the right answer alone (training) or all of them (scoring), into one row without padding. A prompt
 with one of its answers is a document, and attention sees one document at a time.
 """
+import math
 import re
 from typing import NamedTuple
 
@@ -172,16 +173,31 @@ def check_question(record: dict, form: str, tokenizer, max_len: int, trained: bo
 
 class Packed(NamedTuple):
     """Questions laid end to end in one row of N tokens: each prompt once, then its answers. See Transformer.forward.
-    A token's place is its index in the row."""
+    A token's place is its index in the row. The row's end is filler, of no document: nobody sees it, and it predicts
+    nothing (a target of -100, which cross_entropy leaves out)."""
     ids: torch.Tensor        # (1, N)  token ids
     documents: torch.Tensor  # (D, L)  for each answer, the places of its prompt's tokens and its own, then -1
     select: torch.Tensor     # (M,)    the places whose logits predict an answer token
     targets: torch.Tensor    # (M,)    that token
     owner: torch.Tensor      # (M,)    the document, 0 to D - 1, whose answer it belongs to
-    is_answer: torch.Tensor  # (1, N)  False on prompt tokens, True on answer tokens
+    is_prompt: torch.Tensor  # (1, N)  True on prompt tokens
+    is_answer: torch.Tensor  # (1, N)  True on answer tokens
 
-    def to(self, device) -> "Packed":
-        return Packed(*(tensor.to(device, non_blocking=True) for tensor in self))
+    @property
+    def is_real(self) -> torch.Tensor:
+        """(1, N) False on filler."""
+        return self.is_prompt | self.is_answer
+
+    def to(self, device: torch.device) -> "Packed":
+        pinned = [tensor.pin_memory() for tensor in self] if device.type == "cuda" else self
+        return Packed(*(tensor.to(device, non_blocking=True) for tensor in pinned))  # a GPU goes on computing meanwhile
+
+
+def few_lengths(n: int) -> int:
+    """n, rounded up by a sixteenth at most. For each length that is new to it, a CPU's product of matrices is prepared,
+    and what that takes is kept: with 16 lengths from n to 2 n instead of n, memory stops growing after some steps."""
+    step = max(1, 2 ** (n.bit_length() - 5))
+    return math.ceil(n / step) * step
 
 
 def pack(questions: list[Question]) -> Packed:
@@ -199,6 +215,11 @@ def pack(questions: list[Question]) -> Packed:
             targets += answer
             owner += [len(documents)] * len(answer)
             documents.append(torch.tensor(shared + own))
+
+    def filled(values: list, filler) -> torch.Tensor:
+        return torch.tensor(values + [filler] * (few_lengths(len(values)) - len(values)))
+
     padded = torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-1)
-    return Packed(torch.tensor([ids]), padded, torch.tensor(select), torch.tensor(targets), torch.tensor(owner),
-                  torch.tensor([is_answer]))
+    is_prompt = [not answer for answer in is_answer]
+    return Packed(filled(ids, 0)[None], padded, filled(select, 0), filled(targets, -100), filled(owner, 0),
+                  filled(is_prompt, False)[None], filled(is_answer, False)[None])

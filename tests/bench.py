@@ -3,7 +3,9 @@
     python tests/bench.py                                      # LoRA, DoRA, HiRA, GateRA on SmolLM2-135M, CPU
     python tests/bench.py --method gatera --form label --records 64
     python tests/bench.py --device cuda --model llama-3-8b,gpt2-medium --form label --batch 16,64 [--compile]
+    python tests/bench.py --dtype float32,bfloat16             # both on one CPU, each with its floor
     python tests/bench.py --what growth                        # our step against tokens, rank and model size
+    python tests/bench.py --what resident --steps 500          # does memory grow with the steps?
     python tests/bench.py --what parts                         # the gate, skipping, scoring, decoding, starting
     python tests/bench.py --what memory --device cuda --model llama-3-8b --method gatera   # beforehand, from the config
 
@@ -21,13 +23,19 @@ without a gate could do with 3, by one product with W0 ⊙ (1 + B A): in float32
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import multiprocessing
+import platform
+import random
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +43,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from data.cli import peak_memory, run_command  # noqa: E402
+from data.cli import peak_memory, pick_device, run_command  # noqa: E402
 from data.commonsense import pack, scoring_questions, to_text, training_question  # noqa: E402
 from data.prepare import TASKS, load_records  # noqa: E402
 from eval import log_likelihoods  # noqa: E402
@@ -85,10 +94,11 @@ def our_side(args, method):
         compile_blocks(model)
 
     def step(questions):
-        batch = pack(questions).to(args.device)
+        batch = pack(questions).to(torch.device(args.device))
         with torch.autocast(args.device.split(':')[0], dtype=args.dtype, enabled=args.dtype != torch.float32):
             logits = model(batch.ids, documents=batch.documents, select=batch.select)
-            loss = F.cross_entropy(logits.float(), batch.targets) + 0.01 * gate_entropy(model)
+            loss = F.cross_entropy(logits.float(), batch.targets)
+            loss = loss + 0.01 * gate_entropy(model, batch.is_real)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -180,10 +190,10 @@ def synchronize(args):
         torch.cuda.synchronize()
 
 
-def matrix_rate(args, questions) -> float:
-    """Operations a second of x @ W.T, with the MLP's W and the tokens of a batch."""
+def matrix_rate(args, n_tokens: int) -> float:
+    """Operations a second of x @ W.T, with the MLP's W and so many tokens."""
     config = read_config(args.model)
-    x = torch.randn(real_tokens(questions), config.d_model, device=args.device, dtype=args.dtype)
+    x = torch.randn(n_tokens, config.d_model, device=args.device, dtype=args.dtype)
     W = torch.randn(config.d_ff, config.d_model, device=args.device, dtype=args.dtype)
     rates = []
     for _ in range(8):
@@ -212,6 +222,20 @@ def worker(pipe, side, args, method):
         pipe.send((seconds, peak_memory(torch.device(args.device))))
 
 
+def machine(args) -> str:
+    """What the figures are of: the processor, what it computes in, and how quickly."""
+    dtypes = {torch.float32, pick_device(args.device, "auto")[1]}  # bfloat16 is endless on CPUs that imitate it
+    args = variant(args, model=args.model.split(",")[0])
+    rates = {dtype: matrix_rate(variant(args, dtype=dtype), 512) / 1e9 for dtype in dtypes}
+    measured = ", ".join(f"{rate:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}" for dtype, rate in rates.items())
+    if args.device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(args.device)}; {measured}"
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in text.split()]
+    return f"{name[1] if name else platform.processor()} ({', '.join(flags)}), {torch.get_num_threads()} threads; {measured}"
+
+
 def with_peft() -> bool:
     try:
         import peft  # noqa: F401
@@ -233,16 +257,18 @@ def training(args, method):
     work = batches(args)
     tokens, operations = sum(map(real_tokens, work)), needed_operations(args, method, work)
     speeds, peaks, rates = {name: [] for name in sides}, {}, []
-    for _ in range(args.rounds):
-        seconds = dict.fromkeys(sides, 0.0)
-        for number, questions in enumerate(work):
-            rates.append(matrix_rate(args, questions))
-            for name, pipe in pipes.items():
-                pipe.send(number)
-                took, peaks[name] = pipe.recv()
-                seconds[name] += took
-        for name in sides:
-            speeds[name].append(tokens / seconds[name])
+    with tqdm(total=args.rounds * len(work), desc=method, unit="batch", leave=False) as progress:
+        for _ in range(args.rounds):
+            seconds = dict.fromkeys(sides, 0.0)
+            for number, questions in enumerate(work):
+                rates.append(matrix_rate(args, real_tokens(questions)))
+                for name, pipe in pipes.items():
+                    pipe.send(number)
+                    took, peaks[name] = pipe.recv()
+                    seconds[name] += took
+                progress.update()
+            for name in sides:
+                speeds[name].append(tokens / seconds[name])
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(None)
         process.join()
@@ -284,9 +310,25 @@ def growth(args):
         these = variant(args, **changes)
         step, work = our_side(these, method)[0], batches(these)[:1]
         (seconds,) = in_turn(these, lambda: step(work[0]))
-        floor = needed_operations(these, method, work) / matrix_rate(these, work[0])
+        floor = needed_operations(these, method, work) / matrix_rate(these, real_tokens(work[0]))
         print(f"| {what} | {', '.join(f'{k} {v}' for k, v in changes.items())} | {real_tokens(work[0])} | {seconds:.2f} | "
               f"{seconds / floor:.2f} |", flush=True)
+
+
+def resident(args):
+    """Memory of a process, on a CPU, after ever more steps on batches that are all of another length."""
+    at = [step for step in (1, args.steps // 10, args.steps) if step]
+    print(f"| method | {' | '.join(f'GiB at step {step}' for step in at)} | last / the one before |\n|---|{'---|' * len(at)}---|")
+    for method in args.method.split(","):
+        step, work = our_side(args, method)[0], batches(args)
+        random.Random(0).shuffle(work)
+        gib = []
+        for number in tqdm(range(1, args.steps + 1), desc=method, unit="step", leave=False):
+            step(work[number % len(work)])
+            if number in at:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                gib.append(pages * resource.getpagesize() / 2**30)
+        print(f"| {method} | {' | '.join(f'{size:.2f}' for size in gib)} | {gib[-1] / gib[-2]:.3f} |", flush=True)
 
 
 def open_a_fifth(model, batch):
@@ -315,7 +357,7 @@ def steps_with_gates(args):
         a, b = in_turn(args, lambda: steps[plain](work), lambda: steps[gated](work))
         yield f"token gate on {plain}", f"{100 * (b / a - 1):+.1f} %", f"a step without it, {a:.2f} s"
     skipping, model = our_side(variant(args, adapter=dict(skip_closed=0.5)), "gatera")
-    open_a_fifth(model, pack(work).to(args.device))
+    open_a_fifth(model, pack(work).to(torch.device(args.device)))
     a, b, c = in_turn(args, *(lambda step=step: step(work) for step in (steps["lora"], steps["gatera"], skipping)))
     opened = torch.cat([layer.gate_logit.detach().flatten() > 0 for layer in gated_layers(model).values()])
     yield (f"gatera --skip-closed, {100 * opened.float().mean():.0f} % of gates open",
@@ -442,39 +484,43 @@ def memory(args, method):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", default="training", choices=("training", "growth", "parts", "memory"))
+    parser.add_argument("--what", default="training", choices=("training", "growth", "parts", "memory", "resident"))
     parser.add_argument("--method", default="lora,dora,hira,gatera", help=f"some of {', '.join(METHODS)}, with commas between")
     parser.add_argument("--model", default="smollm2-135m", help="models, with commas between")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto, as in train.py; several with commas")
     parser.add_argument("--form", default="cloze", help="cloze, label, or both with a comma between")
     parser.add_argument("--batch", default="16", help="records a step; several with commas between")
     parser.add_argument("--records", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500, help="of --what resident")
     parser.add_argument("--r", type=int, default=32)
     parser.add_argument("--max-len", type=int, default=512, help="tokens of a record, of --what memory")
     parser.add_argument("--compile", action="store_true", help="our side compiled")
     parser.add_argument("--alone", action="store_true", help="our side only")
     options = parser.parse_args(argv)
-    options.dtype, options.adapter = torch.bfloat16 if options.device.startswith("cuda") else torch.float32, {}
-    for model_name in options.model.split(","):
-        for form in options.form.split(","):
-            for batch_size in map(int, options.batch.split(",")):
-                chosen = variant(options, model=model_name, form=form, batch=batch_size)
-                if chosen.what == "memory":
-                    for name in chosen.method.split(","):
-                        memory(chosen, name)
-                    continue
-                print(f"{model_name}, r {chosen.r}, {form} form, batches of {batch_size} of the first {chosen.records} "
-                      f"ARC-Easy training records, {chosen.device}, {chosen.dtype}, torch {torch.__version__}"
-                      f"{', compiled' if chosen.compile else ''}, {chosen.rounds} rounds: median (range)\n", flush=True)
-                if chosen.what != "training":
-                    {"growth": growth, "parts": parts}[chosen.what](chosen)
-                    continue
-                print("| method | real tokens/s | peft's | ratio | peak GiB | peft's | ratio | floor, tokens/s | floor / ours |")
-                print("|---|---|---|---|---|---|---|---|---|", flush=True)
-                for name in chosen.method.split(","):
-                    training(chosen, name)
-                print()
+    options.adapter = {}
+    dtypes = [pick_device(options.device, name)[1] for name in options.dtype.split(",")]
+    if options.what != "memory":
+        print(f"{machine(options)}; torch {torch.__version__}, {date.today()}\n", flush=True)
+    for model, form, batch, dtype in itertools.product(options.model.split(","), options.form.split(","),
+                                                       map(int, options.batch.split(",")), dtypes):
+        args = variant(options, model=model, form=form, batch=batch, dtype=dtype)
+        if args.what == "memory":
+            for method in args.method.split(","):
+                memory(args, method)
+            continue
+        print(f"{model}, r {args.r}, {form} form, batches of {batch} of the first {args.records} ARC-Easy training "
+              f"records, {args.device}, {dtype}{', compiled' if args.compile else ''}, {args.rounds} rounds: median "
+              "(range)\n", flush=True)
+        if args.what != "training":
+            {"growth": growth, "parts": parts, "resident": resident}[args.what](args)
+        else:
+            print("| method | real tokens/s | peft's | ratio | peak GiB | peft's | ratio | floor, tokens/s | floor / ours |")
+            print("|---|---|---|---|---|---|---|---|---|", flush=True)
+            for method in args.method.split(","):
+                training(args, method)
+        print()
 
 
 if __name__ == "__main__":

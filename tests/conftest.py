@@ -175,3 +175,9 @@ def place(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return tmp_path / "place"
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """--dtype auto is float32 in tests, on CPUs that are quicker in bfloat16 too."""
+    monkeypatch.setattr("data.cli.cpu_dtype", lambda: "float32")

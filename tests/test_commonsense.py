@@ -3,15 +3,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import sources
-from data.commonsense import (Question, cloze_form, encode, instruction, label_form, label_names, pack,
-                              scoring_questions, to_text, training_question)
+from data.commonsense import (Packed, Question, cloze_form, encode, few_lengths, instruction, label_form, label_names,
+                              pack, scoring_questions, to_text, training_question)
 from data.download import WHEELS, cache_dir
 from data.files import UserError
 from data.prepare import TASKS, load_records
 from data.sources import from_llm_adapters
-from model import load_tokenizer
+from gatera import AdapterConfig, adapter_state, gate_entropy, gated_layers, inject_adapters
+from model import Transformer, load_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
@@ -140,3 +142,30 @@ def test_packing_by_hand():
     assert batch.targets.tolist() == [7, 8, 9, 3, 2, 1]
     assert batch.owner.tolist() == [0, 1, 1, 2, 2, 2]
     assert batch.is_answer.tolist() == [[False, False, True, False, True, True]]
+
+
+def test_rows_have_few_lengths_and_filler_that_changes_nothing(llama):
+    """Losses, scores, gate entropies and their gradients are those of the row without filler, in float64."""
+    lengths = [few_lengths(n) for n in range(1, 4097)]
+    assert all(n <= few <= max(n, 17 * n / 16) for n, few in enumerate(lengths, 1)) and len(set(lengths[511:])) <= 49
+    model = Transformer.from_pretrained(llama, dtype=torch.float64)
+    inject_adapters(model, AdapterConfig(r=4))
+    for layer in gated_layers(model).values():
+        layer.update.B.data.normal_()
+        layer.gate.w_g.data.normal_()
+    questions = [Question([3 + i, 4, 5 + i], [[6, 7, 8, 9 + i], [11, 12]][:1 + i % 2]) for i in range(9)]
+    questions.append(Question([20], [[21]]))
+    filled = pack(questions)
+    m = sum(len(answer) for question in questions for answer in question.answers)
+    n = sum(len(q.prompt) - len(q.answers) for q in questions) + m
+    assert filled.ids.shape[1] > n and len(filled.select) > m  # there is filler in both
+    plain = Packed(filled.ids[:, :n], filled.documents, *(t[:m] for t in filled[2:5]), *(t[:, :n] for t in filled[5:]))
+    assert (plain.is_prompt ^ plain.is_answer).all() and not filled.is_real[:, n:].any()
+
+    def outcome(row):
+        logits = model(row.ids, documents=row.documents, select=row.select)
+        loss = torch.nn.functional.cross_entropy(logits, row.targets)
+        entropy = gate_entropy(model, row.is_real)
+        return loss, entropy, *torch.autograd.grad(loss + entropy, list(adapter_state(model).values()))
+    for a, b in zip(outcome(filled), outcome(plain)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -79,22 +79,41 @@ def test_a_packed_row_equals_a_padded_batch(llama):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+TREES = {  # documents of a row of 12 tokens, and the lengths of its trees; None: not made of trees, end to end
+    "apart": ([[0, 1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]], [4, 1, 7]),
+    "a shared prompt": ([[0, 1, 2], [0, 1, 3, 4], [0, 1], [5, 6, 7], [8, 9, 10, 11]], [5, 3, 4]),
+    "a branch of a branch": ([[0, 1, 2, 3], [0, 1, 2, 4, 5], [0, 6, 7], [8, 9], [8, 10, 11]], [8, 4]),
+    "filler behind": ([[0, 1, 2], [3, 4, 5, 6]], [3, 4]),
+    "another order": ([[4, 5, 6], [0, 1, 2, 3]], None),
+    "backwards": ([[0, 2, 1], [3, 4, 5]], None),
+    "filler between": ([[0, 1, 2], [4, 5, 6]], None),
+}
+
+
+@pytest.mark.parametrize("documents, lengths", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_attention_by_document_equals_the_grid(family, request, monkeypatch):
-    """Documents end to end are attended one by one on a CPU; a GPU, a compiled model and shared prompts use the grid."""
+def test_attention_by_tree_equals_the_grid_and_documents_alone(family, documents, lengths, request, monkeypatch):
+    """Logits of every document's tokens and gradients, float64. A GPU and a compiled model use the grid."""
     import model as module
-    calls, by_document = [], module.attend_by_document
-    monkeypatch.setattr(module, "attend_by_document", lambda *a: calls.append(a[3].tolist()) or by_document(*a))
-    model = Transformer.from_pretrained(request.getfixturevalue(family), dtype=torch.float64)
-    ids, documents = torch.randint(0, VOCAB, (1, 9)), torch.tensor([[0, 1, 2, 3], [4, -1, -1, -1], [5, 6, 7, 8]])
-    one_by_one = model(ids, documents=documents)
-    assert calls == [[4, 1, 4]] * model.config.n_layer
+    calls, by_tree = [], module.Trees.attend
+    monkeypatch.setattr(module.Trees, "attend",
+                        lambda trees, *qkv: calls.append(trees.lengths) or by_tree(trees, *qkv))
+    model = Transformer.from_pretrained(request.getfixturevalue(family), dtype=torch.float64).requires_grad_(True)
+    ids, rows = torch.randint(0, VOCAB, (1, 12)), [torch.tensor(document) for document in documents]
+    grid = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    probe = torch.randn(VOCAB, dtype=torch.float64)
+
+    def outcome():
+        logits = model(ids, documents=grid)[0]
+        logits = torch.cat([logits[row] for row in rows])
+        return logits, *torch.autograd.grad((logits @ probe).square().sum(), list(model.parameters()))
+    ours = outcome()
+    assert calls == ([] if lengths is None else [lengths] * model.config.n_layer)
+    alone = torch.cat([model(ids[:, row])[0] for row in rows])
+    torch.testing.assert_close(ours[0], alone, rtol=0, atol=1e-10)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(model(ids, documents=documents), one_by_one, rtol=0, atol=1e-12)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "attend_by_document", None)  # not for shared prompts, nor for another order
-    for other in (torch.tensor([[0, 1, 2], [0, 1, 3]]), torch.tensor([[2, 3], [0, 1]])):
-        model(ids[:, :4], documents=other)
+    for a, b in zip(ours, outcome()):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")

@@ -20,7 +20,7 @@ from test_resume import PROCESSES, SAMPLE
 from test_train import adapter, metrics
 
 FLAGS = ["--data", SAMPLE, "--r", "4", "--warmup", "2", "--batch", "3", "--tasks", "piqa,ARC-Easy", "--form", "cloze", "--epochs",
-         "3", "--validation", "2", "--eval-every", "2", "--log-every", "1", "--device", "cpu", "--lr", "1e-2",
+         "3", "--validation", "2", "--eval-every", "2", "--log-every", "1", "--device", "cpu", "--dtype", "float32", "--lr", "1e-2",
          "--entropy-weight", "0.1"]
 
 
@@ -160,7 +160,7 @@ def test_the_plan_is_near_what_is_measured(max_len, batch, smollm, tmp_path, cap
     bench.main(["--what", "memory", "--model", smollm, "--method", "gatera", "--max-len", str(max_len), "--batch", str(batch)])
     planned = float(capsys.readouterr().out.splitlines()[3].split()[1])
     subprocess.run([sys.executable, train.__file__, "--init", smollm, "--max-len", str(max_len), "--batch", str(batch),
-                    "--device", "cpu", "--data", SAMPLE, "--max-steps", "3", "--warmup", "1", "--validation", "2",
+                    "--device", "cpu", "--dtype", "float32", "--data", SAMPLE, "--max-steps", "3", "--warmup", "1", "--validation", "2",
                     "--out", tmp_path / "run"], check=True, capture_output=True)
     measured = [line for line in metrics(tmp_path / "run") if "loss" in line][-1]["memory_gib"]
     assert planned == pytest.approx(measured, rel=0.25)

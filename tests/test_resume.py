@@ -32,7 +32,8 @@ PROCESSES.set_forkserver_preload(["torch._dynamo", "train", "test_resume"])  # A
 def flags(base, directory, *more):
     return ["--init", str(base), "--data", SAMPLE, "--out", str(directory), "--r", "4", "--warmup", "2", "--batch", "4",
             "--micro-batch", "3", "--tasks", "piqa,ARC-Easy", "--form", "cloze", "--dropout", "0.2", "--max-steps", "10",
-            "--validation", "2", "--eval-every", "3", "--log-every", "2", "--save-every", "4", "--device", "cpu", "--lr", "1e-2", *more]
+            "--validation", "2", "--eval-every", "3", "--log-every", "2", "--save-every", "4", "--device", "cpu", "--dtype",
+            "float32", "--lr", "1e-2", *more]
 
 
 def timeless(directory):
@@ -595,9 +596,9 @@ def test_numbers_that_are_not_finite_stop_the_run(where, llama, tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         fault_at(patch, 6, lambda: now.append(6))
         if where == "loss":
-            patch.setattr(train, "gate_entropy", lambda model: entropy(model) * (math.inf if now[-1] == 6 else 1))
+            patch.setattr(train, "gate_entropy", lambda *a: entropy(*a) * (math.inf if now[-1] == 6 else 1))
         else:
-            patch.setattr(train, "gate_entropy", lambda model: NotFinite.apply(entropy(model)) if now[-1] == 6 else entropy(model))
+            patch.setattr(train, "gate_entropy", lambda *a: NotFinite.apply(entropy(*a)) if now[-1] == 6 else entropy(*a))
         train.main(flags(llama, tmp_path / "run", "--entropy-weight", "1"))
     assert re.search(r"step 6: the loss is (inf|\d.*), the gradient's norm (nan|inf); lower --lr.*; the batch was "
                      r"(piqa|ARC-Easy) \d.*; what was learnt in 4 steps", str(caught.value)), caught.value

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from conftest import hub_files, write_gpt2, write_llama
-from data.commonsense import FORMS, check_question, scoring_questions, training_question
+from data.cli import cpu_dtype as CPU_DTYPE
+from data.commonsense import FORMS, Question, check_question, pack, scoring_questions, training_question
 from data.files import UserError, json_lines
 from data.prepare import load_records
 from gatera import GATES, METHODS, AdapterConfig, adapter_state, gate_entropy, gate_values, gated_layers, inject_adapters, load_adapter
@@ -423,11 +424,12 @@ def test_twins_of_held_out_records_are_left_out(llama, tmp_path, capsys):
 def test_gate_sums_tell_prompt_from_answer(llama):
     model = Transformer.from_pretrained(llama)
     inject_adapters(model, AdapterConfig(r=4))
-    model(torch.arange(6)[None])
-    is_answer = torch.tensor([[False, False, False, True, True, True]])
+    row = pack([Question(list(range(30)), [[1, 2, 3, 4]])])
+    assert row.ids.shape == (1, 34)  # 33 tokens and one of filler, which does not count
     for layer in gated_layers(model).values():
-        layer.gate_logit = torch.where(is_answer, 100.0, -100.0)[..., None]
-    assert train.gate_sums(model, is_answer).tolist() == [0, 3]
+        layer.gate_logit = torch.where(row.is_answer, 100.0, -100.0)[..., None]
+        layer.gate_logit[0, 33] = 100.0
+    assert train.gate_sums(model, row).tolist() == [0, 3]
 
 
 def test_a_run_does_not_touch_what_is_not_a_run(llama, tmp_path):
@@ -464,3 +466,70 @@ def test_half_precision_follows_float32(dtype, llama, tmp_path):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=0.03)
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=0.1)  # unscaled before it is clipped
     assert all(tensor.dtype == torch.float32 for tensor in adapter(tmp_path / "half").values())
+
+
+GROWING = """
+import random, torch
+from data.cli import cpu_dtype
+from data.commonsense import Question, pack
+from gatera import AdapterConfig, adapter_state, inject_adapters
+from model import Transformer, TransformerConfig
+dtype, rng = getattr(torch, cpu_dtype()), random.Random(0)
+config = TransformerConfig(vocab_size=500, n_layer=2, n_head=4, d_model=256, d_ff=512, max_len=512)
+model = Transformer(config).to(dtype).train()
+inject_adapters(model, AdapterConfig("lora", "none", r=8))
+optimizer = torch.optim.AdamW(adapter_state(model).values())
+for step in range(1, 301):
+    batch = pack([Question([7] * rng.randrange(80, 100), [[3] * rng.randrange(2, 8)]) for _ in range(6)])
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = model(batch.ids, documents=batch.documents, select=batch.select)
+        torch.nn.functional.cross_entropy(logits.float(), batch.targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step in (30, 300):
+        print(open("/proc/self/statm").read().split()[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of a process as Linux shows it")
+def test_memory_does_not_grow_with_the_steps():
+    """In the CPU's quicker dtype, over rows of nearly as many lengths as steps (up to 30 % where each is its own)."""
+    run = subprocess.run([sys.executable, "-c", GROWING], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    early, late = map(int, run.stdout.split())
+    assert late < 1.05 * early, f"{late / early - 1:.1%} more memory after 300 steps than after 30"
+
+
+@pytest.mark.parametrize("factor, expected", [(5, "bfloat16"), (1.5, "float32"), (0.01, "float32")])
+def test_the_dtype_of_a_cpu_is_the_quicker_one(factor, expected, monkeypatch):
+    """factor: how much quicker bfloat16 is there."""
+    clock, seconds = [0.0], {torch.float32: 1.0, torch.bfloat16: 1 / factor}
+    matmul = torch.Tensor.__matmul__
+
+    def timed(x, W):
+        clock[0] += seconds[x.dtype]
+        return matmul(x, W)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert CPU_DTYPE() == expected
+
+
+@pytest.mark.parametrize("flags", [(), ("--skip-closed", "0.4"), ("--checkpointing",), ("--peft", "lora"), ("--peft", "dora")])
+def test_bfloat16_is_float32_within_its_rounding(flags, llama, tmp_path):
+    """Losses of six steps and scores of what they taught; --resume and eval.py keep what auto meant."""
+    lines = {}
+    for dtype in ("float32", "bfloat16"):
+        run(tmp_path / dtype, llama, *flags, "--dtype", dtype)
+        lines[dtype] = [line for line in metrics(tmp_path / dtype)[1:]]
+        assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == f"torch.{dtype}"
+    for exact, rounded in zip(*lines.values()):
+        for key in {"loss", "validation_loss", "entropy"} & exact.keys():
+            assert rounded[key] == pytest.approx(exact[key], rel=2**-7), (key, exact["step"])
+    scores = []
+    for dtype in lines:
+        result = evaluation.main(["--run", str(tmp_path / dtype), "--data", SAMPLE, "--dtype", dtype])
+        file = next((tmp_path / dtype / "eval").glob("*/predictions.jsonl"))
+        scores.append([json.loads(line)["scores"] for line in file.read_text().splitlines()])
+        assert result["configuration"]["dtype"] == f"torch.{dtype}"
+    for exact, rounded in zip(*scores):
+        assert rounded == pytest.approx(exact, rel=2**-7)
