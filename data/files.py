@@ -29,19 +29,29 @@ def is_number(value, least: float, most: float) -> bool:
 @contextlib.contextmanager
 def reading(file: Path):
     """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
-    names the file: there are more ways to damage a file than checks for them."""
+    names the file: there are more ways to damage a file than checks for them. A pipe or a device is not even opened, as
+    that can wait without end."""
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise UserError(f"{file}: not a file")
     try:
         yield
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    except MemoryError:
+        raise UserError(f"{file}: needs more memory than there is") from None
     except BaseException as error:  # with its cause, which may be a mistake of ours, for those who call from Python
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
 
 
-def first_line(error: Exception) -> str:
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust (tokenizers, tiktoken, safetensors) gave up. Its error is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
     """An error of some library in one line without secrets: addresses may hold a password or a signed query."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?'\")]*)(?:\?[^\s'\")]*)?", r"\1\2", line)
@@ -58,12 +68,16 @@ def parse_json(content: bytes, where) -> object:
         raise UserError(f"{where}: not valid JSON ({first_line(error)})") from None
 
 
+def read_file(path: Path) -> bytes:
+    """What is in a file; UserError for none, for a directory, and for a pipe, which would be waited for without end."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a file" if path.exists() else f"{path}: not found")
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; UserError if there is none."""
-    try:
-        raw = parse_json(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: not found") from None
+    raw = parse_json(read_file(path), path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
     return raw
@@ -148,8 +162,8 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], info: str) -> No
 def read_tensors(file: Path, with_info: bool = False):
     """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
     it, "" in a file of others; UserError if the file is not there or not whole."""
-    if not file.exists():
-        raise UserError(f"{file}: not found")
+    if not file.is_file():
+        raise UserError(f"{file}: not a file" if file.exists() else f"{file}: not found")
     with reading(file), safe_open(file, framework="pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}
         metadata = handle.metadata() or {}
