@@ -29,10 +29,8 @@ def is_number(value, least: float, most: float) -> bool:
 @contextlib.contextmanager
 def reading(file: Path):
     """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
-    names the file: there are more ways to damage a file than checks for them. A pipe or a device is not even opened, as
-    that can wait without end."""
-    if file.exists() and not file.is_file() and not file.is_dir():
-        raise UserError(f"{file}: not a file")
+    names the file: there are more ways to damage a file than checks for them."""
+    refuse_special(file)
     try:
         yield
     except UserError as error:
@@ -44,6 +42,12 @@ def reading(file: Path):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
+
+
+def refuse_special(path: Path) -> None:
+    """UserError for a pipe, a socket or a device, which is not even opened: that could wait without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: a pipe, a socket or a device is there; expected a file")
 
 
 def is_panic(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 if not __package__:  # run as a script: this folder is then the first place of imports, and its gguf.py would be `gguf`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data.cli import read_flags, run_command  # noqa: E402
-from data.files import UserError, parse_json, unwritable, write_atomically  # noqa: E402
+from data.files import UserError, parse_json, refuse_special, unwritable, write_atomically  # noqa: E402
 from data.sources import TABLE, choose_source, fetch_records  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
@@ -85,6 +85,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
     file = Path(out) / task / f"{split}.jsonl"
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
+    refuse_special(file)
     try:
         lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:

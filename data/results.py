@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from data.files import UserError, claim, json_lines, move_aside, read_json, write_atomically, write_json
+from data.files import UserError, claim, json_lines, move_aside, read_json, refuse_special, write_atomically, write_json
 
 
 def accuracy_key(protocol: str) -> str:
@@ -72,6 +72,7 @@ def earlier_predictions(out: Path, summary: dict) -> dict[str, dict[int, dict]]:
 def read_predictions(directory: Path) -> dict[str, dict[int, dict]]:
     """{task: {index: prediction}} of predictions.jsonl."""
     file, found = directory / "predictions.jsonl", {}
+    refuse_special(file)
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []  # a last line without an end is not whole
     for number, line in enumerate(lines, 1):
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import (UserError, claim, move_aside, read_json, read_tensors, unwritable, write_json,
+from data.files import (UserError, claim, move_aside, read_json, read_tensors, refuse_special, unwritable, write_json,
                         write_tensors)
 
 
@@ -83,6 +83,7 @@ class Run:
             half.unlink()  # It is of a process that was killed while it wrote.
 
     def lock(self) -> None:
+        refuse_special(self.directory / "metrics.jsonl")
         self.metrics = open(self.directory / "metrics.jsonl", "a")
         claim(self.metrics, self.directory)
 

@@ -14,7 +14,7 @@ import tiktoken
 import tokenizers
 
 from data.download import find_model
-from data.files import UserError, read_json, reading
+from data.files import UserError, read_file, read_json, reading
 from data.gguf import GGUF
 
 # Byte-level BPE cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How words are cut
@@ -161,7 +161,7 @@ def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
                         "a tokenizer.json")
     vocabulary |= added
     special = {name: vocabulary[name] for name in names if name in vocabulary}
-    lines = merges.read_text(encoding="utf-8").split("\n")
+    lines = read_file(merges).decode().replace("\r\n", "\n").split("\n")
     lines = [line for line in lines[lines[0].startswith("#version"):] if line]
     tokenizer = byte_pairs("gpt2", SPLIT["gpt-2"], vocabulary, special, lines, end_of_text(directory, vocabulary), None)
     return tokenizer, max(vocabulary.values())
