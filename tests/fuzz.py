@@ -26,7 +26,7 @@ import torch
 
 if __name__ == "__main__":  # run as a script
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-import gguf.quants  # noqa: E402, F401  # imported here, before the tries are forked
+import gguf.quants  # noqa: E402, F401  # before the tries are forked
 import matplotlib.pyplot  # noqa: E402, F401
 from conftest import write_gguf, write_gpt2, write_llama  # noqa: E402
 
@@ -238,8 +238,9 @@ def attempt(number: int, seed: int, place: Path) -> str:
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(SECONDS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
     what = file = dice.choice(files) if files else ""
     if file:
         damage(Path(file), [Path(name) for names, _ in KINDS.values() for name in names], dice)

@@ -13,9 +13,11 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ from conftest import VOCAB, write_gguf, write_gpt2, write_llama
 from data import download, prepare
 from data.cli import device_problems, join_negative_numbers, run_command
 from data.commonsense import DEFAULT_INSTRUCTION, INSTRUCTION, with_capital, without_tags
-from data.files import UserError, first_line
+from data.files import UserError, first_line, reading
 from data.pictures import paint
 from data.sources import TABLE, hellaswag_from_query, parse_instruction
 from data.tokenizer import SPLIT
@@ -372,6 +374,39 @@ def test_odd_names_and_texts_are_printed_somehow(place, capsys):
     """A name that is no UTF-8, as Linux allows, and a line break: still one line."""
     odd = "x\udcff\ny"
     assert "x\\udcff y" in refused(lambda: train.main([*shlex.split(COMMON["train"]), "--data", odd]), capsys)
+
+
+class PanicException(BaseException):
+    """As tokenizers and tiktoken raise it."""
+
+
+def fail_with(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("error, words", [
+    (PanicException("no entry\nfound"), "a library gave up: no entry"), (MemoryError(), "out of memory"),
+    (OSError(36, "File name too long", "x"), "File name too long: 'x'")])
+def test_what_no_check_can_foresee_is_one_line(error, words, capsys):
+    assert words in refused(fail_with(error), capsys)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), SystemExit(3)])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run_command(fail_with(error))
+
+
+@pytest.mark.parametrize("error", [
+    RecursionError("deep"), OverflowError("big"), UnicodeDecodeError("utf-8", b"x", 0, 1, "y"), struct.error("short"),
+    zipfile.BadZipFile("zip"), PanicException("x\ny"), KeyError("a"), MemoryError()])
+def test_whatever_is_raised_while_a_file_is_read_names_the_file(error, capsys):
+    def main():
+        with reading(Path("some.file")):
+            raise error
+    assert refused(main, capsys).startswith("some.file: ")
 
 
 # -------------------------------------------------------------------------------- what would wait or try for hours
