@@ -4,11 +4,8 @@ A tokenizer.json is read by the `tokenizers` library, exactly as by everybody on
 vocab.json and merges.txt, and llama.cpp's .gguf files are read by tiktoken, which knows one kind of BPE, on bytes; what
 it cannot express is refused.
 """
-import contextlib
 import json
 import math
-import os
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import tokenizers
 from data.download import find_model
 from data.files import UserError, read_file, read_json, reading
 from data.gguf import GGUF
+from data.limits import in_time, without_panics
 
 # Byte-level BPE cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How words are cut
 # is a property of each tokenizer, by llama.cpp's name for it:
@@ -28,7 +26,6 @@ SPLIT = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-SECONDS = 10.0  # that a tokenizer.json may take for one text; published ones take 0.02 for 30,000 characters
 
 
 class Tokenizer:
@@ -106,11 +103,6 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 
 def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     """The tokenizer in a tokenizer.json, and the largest id that a text can have."""
-    def run(call, argument):
-        """call([argument])[0]: the calls for several texts are those that `in_time` can leave."""
-        with reading(file):
-            return in_time(call, [argument])[0]
-
     with without_panics():
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -125,50 +117,14 @@ def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     largest = max(id for token, id in vocabulary.items() if token not in special)
 
-    encode = lambda text: run(partial(backend.encode_batch, add_special_tokens=False), text).ids  # noqa: E731
-    decode = lambda ids: run(partial(backend.decode_batch, skip_special_tokens=False), ids)  # noqa: E731
-    plain, whole = encode("x"), run(backend.encode_batch, "x").ids
+    encode = lambda text: in_time(file, partial(backend.encode_batch, add_special_tokens=False), text).ids  # noqa: E731
+    decode = partial(in_time, file, partial(backend.decode_batch, skip_special_tokens=False))
+    plain, whole = encode("x"), in_time(file, backend.encode_batch, "x").ids
     before = whole[:next(i for i in range(len(whole)) if whole[i:i + len(plain)] == plain)]
     if len(before) > 1:
         raise UserError(f"puts the tokens {before} before every text; expected one or none")
     bos = before[0] if before else None
-    tokenizer = Tokenizer(encode, decode, vocabulary.values(), end_of_text(file.parent, vocabulary), bos)
-    return tokenizer, largest
-
-
-def in_time(call, *arguments):
-    """What `call` returns, a call of `tokenizers` that lets other threads run. A tokenizer.json brings patterns of its
-    own, which may try for years: UserError after SECONDS. The thread is left behind, and ends with the program."""
-    outcome = {}
-
-    def work():
-        try:
-            outcome["result"] = call(*arguments)
-        except BaseException as error:  # a panic is no Exception
-            outcome["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    with without_panics():
-        thread.start()
-        thread.join(SECONDS)
-    if not outcome:
-        raise UserError(f"takes more than {SECONDS:.0f} seconds for one text; its patterns are too slow to be used")
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]
-
-
-@contextlib.contextmanager
-def without_panics():
-    """Libraries in Rust write what they call a panic to stderr, in many lines, before Python sees it as an error."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    return Tokenizer(encode, decode, vocabulary.values(), end_of_text(file.parent, vocabulary), bos), largest
 
 
 def with_pairs(raw: dict) -> dict:

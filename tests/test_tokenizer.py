@@ -423,7 +423,7 @@ def test_a_pattern_of_a_file_that_would_try_for_hours_is_refused(part, what, tmp
     """Neither is there anything of Rust's panics on stderr."""
     directory = write_llama(tmp_path / "model")
     change_json(directory / "tokenizer.json", lambda raw: raw.update({part: what}))
-    monkeypatch.setattr("data.tokenizer.SECONDS", 1.0)
+    monkeypatch.setattr("data.limits.SECONDS", 1.0)
     tokenizer, started = load_tokenizer(str(directory)), time.monotonic()
     text = "a" * 20_000 + " bd"
     with pytest.raises(UserError, match="tokenizer.json: .*(too slow to be used|retry-limit)"):
