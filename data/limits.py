@@ -1,6 +1,7 @@
 """Time limits, and silence, for the libraries in Rust that read tokenizers. What they do with a damaged file, or with one
 that was made to harm, nothing in Python can end or catch while it is under way."""
 import contextlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -8,6 +9,22 @@ from pathlib import Path
 from data.files import UserError, reading
 
 SECONDS = 10.0  # that a tokenizer.json may take for one text; published ones take 0.02 for 30,000 characters
+
+
+def needs_limit(backend, known: list[str]) -> bool:
+    """Whether a tokenizer of `tokenizers` may take long for a text: one with patterns other than the known ones, which
+    are quick, or of another kind than BPE. For all others a thread for each text would be a waste."""
+    parts = [backend.normalizer, backend.pre_tokenizer, backend.decoder]
+    text = "".join(part.__getstate__().decode() for part in parts if part is not None)  # in JSON
+    for pattern in known:
+        text = text.replace(json.dumps({"Regex": pattern}, separators=(",", ":")), "")
+    return '"Regex"' in text or type(backend.model).__name__ != "BPE"
+
+
+def at_once(file: Path, call, value):
+    """As `in_time`, without a limit."""
+    with reading(file), without_panics():
+        return call([value])[0]
 
 
 def in_time(file: Path, call, value):

@@ -16,7 +16,7 @@ import tokenizers
 from data.download import find_model
 from data.files import UserError, read_file, read_json, reading
 from data.gguf import GGUF
-from data.limits import in_time, without_panics
+from data.limits import at_once, in_time, needs_limit, without_panics
 
 # Byte-level BPE cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How words are cut
 # is a property of each tokenizer, by llama.cpp's name for it:
@@ -117,9 +117,10 @@ def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     largest = max(id for token, id in vocabulary.items() if token not in special)
 
-    encode = lambda text: in_time(file, partial(backend.encode_batch, add_special_tokens=False), text).ids  # noqa: E731
-    decode = partial(in_time, file, partial(backend.decode_batch, skip_special_tokens=False))
-    plain, whole = encode("x"), in_time(file, backend.encode_batch, "x").ids
+    run = partial(in_time if needs_limit(backend, SPLIT.values()) else at_once, file)
+    encode = lambda text: run(partial(backend.encode_batch, add_special_tokens=False), text).ids  # noqa: E731
+    decode = partial(run, partial(backend.decode_batch, skip_special_tokens=False))
+    plain, whole = encode("x"), run(backend.encode_batch, "x").ids
     before = whole[:next(i for i in range(len(whole)) if whole[i:i + len(plain)] == plain)]
     if len(before) > 1:
         raise UserError(f"puts the tokens {before} before every text; expected one or none")
@@ -157,8 +158,7 @@ def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
         names |= {token_name(value[1])} if value[0].endswith("_token") else set()
     plain = {*added, *(token["content"] for token in declared)} - names
     if plain:
-        raise UserError(f"{min(plain)!r} is added to the vocabulary and found in texts, which is not supported without "
-                        "a tokenizer.json")
+        raise UserError(f"{min(plain)!r} is added to the vocabulary and found in texts, which needs a tokenizer.json")
     vocabulary |= added
     special = {name: vocabulary[name] for name in names if name in vocabulary}
     lines = read_file(merges).decode().replace("\r\n", "\n").split("\n")
