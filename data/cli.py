@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import resource
 import sys
@@ -10,7 +11,7 @@ import time
 
 import torch
 
-from data.files import UserError
+from data.files import UserError, first_line, is_panic
 
 
 def flag(name: str) -> str:
@@ -55,6 +56,9 @@ def read_flags(settings: type, argv: list[str], description: str, choices: dict 
             value = kind(words)
             if words == "" or kind is list and "" in words:  # as in --data "$UNSET"
                 raise ValueError
+            if kind is int and abs(value) >= 2**63 or b"\0" in os.fsencode(str(text)):
+                # no such number, no such name of a file: fsencode raises ValueError for half of a character
+                raise ValueError
             if name in choices and value not in choices[name]:
                 expected = f"one of {', '.join(choices[name])}"
                 raise ValueError
@@ -82,16 +86,26 @@ def run_command(main) -> None:
     try:
         main()
     except (UserError, OSError) as error:  # an OSError names its file: no permission, disk full, ...
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        end_with(str(error))
+    except MemoryError:
+        end_with("out of memory: this needs more than there is here")
     except KeyboardInterrupt:
         print("interrupted; what was saved before is whole", file=sys.stderr)
         sys.exit(130)
+    except BaseException as error:
+        if not is_panic(error):
+            raise  # a mistake of ours, with its traceback
+        end_with(f"a library gave up: {first_line(error)}")
+
+
+def end_with(line: str) -> None:
+    print("error:", " ".join(line.splitlines()), file=sys.stderr)
+    sys.exit(2)
 
 
 def device_problems(name: str) -> list[str]:
     """What is wrong with --device, one text or none."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
         return [f"--device {name}: expected auto, cpu, cuda or cuda:N"]
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         return [f"--device {name}: no such CUDA GPU here, of {torch.cuda.device_count()}; use --device cpu"]

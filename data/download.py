@@ -34,7 +34,7 @@ def cache_dir() -> Path:
     """Where downloads are kept: $GATERA_CACHE, else $XDG_CACHE_HOME/gatera, else ~/.cache/gatera."""
     if os.environ.get("GATERA_CACHE"):
         return Path(os.environ["GATERA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gatera"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "gatera"
 
 
 # ---------------------------------------------------------------------------------------- the package index
@@ -181,7 +181,7 @@ def hub_id(name_or_path: str) -> str | None:
 
 def _local_path(name_or_path: str) -> Path | None:
     """A directory or .gguf file on this machine; None for a short name or hub id. UserError for a path to neither."""
-    path, text = Path(name_or_path).expanduser(), str(name_or_path)
+    path, text = Path(os.path.expanduser(name_or_path)), str(name_or_path)  # which leaves ~nobody as it is
     if path.suffix == ".gguf" and path.is_file() or path.is_dir():
         return path
     if path.suffix == ".gguf" or path.is_absolute() or text[:1] in (".", "~") or text.count("/") > 1:

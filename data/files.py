@@ -30,18 +30,32 @@ def is_number(value, least: float, most: float) -> bool:
 def reading(file: Path):
     """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
     names the file: there are more ways to damage a file than checks for them."""
+    refuse_special(file)
     try:
         yield
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    except MemoryError:
+        raise UserError(f"{file}: needs more memory than there is") from None
     except BaseException as error:  # with its cause, which may be a mistake of ours, for those who call from Python
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
 
 
-def first_line(error: Exception) -> str:
+def refuse_special(path: Path) -> None:
+    """UserError for a pipe, a socket or a device, which is not even opened: that could wait without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: a pipe, a socket or a device is there; expected a file")
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust (tokenizers, tiktoken, safetensors) gave up. Its error is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
     """An error of some library in one line without secrets: addresses may hold a password or a signed query."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     line = re.sub(r"(https?://)(?:[^\s/@]*@)?([^\s?'\")]*)(?:\?[^\s'\")]*)?", r"\1\2", line)
@@ -170,8 +184,8 @@ def sort_metadata(file: Path) -> None:
 def read_tensors(file: Path, with_info: bool = False):
     """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
     it, "" in a file of others; UserError if the file is not there or not whole."""
-    if not file.exists():
-        raise UserError(f"{file}: not found")
+    if not file.is_file():
+        raise UserError(f"{file}: not a file" if file.exists() else f"{file}: not found")
     with reading(file), safe_open(file, framework="pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}
         metadata = handle.metadata() or {}

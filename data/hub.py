@@ -138,7 +138,7 @@ def _endpoint() -> str:
 
 def _cache() -> Path:
     from huggingface_hub import constants
-    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE))
 
 
 def shards(index: Path) -> list[Path]:

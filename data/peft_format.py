@@ -15,6 +15,7 @@ The other way round, one that peft trained on c_attn is three that share A: B_q 
 """
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -35,7 +36,8 @@ FIELDS = set("""peft_type task_type peft_version auto_mapping base_model_name_or
     init_lora_weights init_weights eva_config megatron_core qalora_group_size""".split())
 # Starts that leave the base as it is. Those of PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract theirs from it.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-SECONDS = 2.0  # that one pattern may take
+SECONDS = 2.0  # that all patterns of an adapter may take together
+LONGEST = 1000  # characters of a pattern, and copies that its {counts} make of a part of it
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -105,35 +107,41 @@ def as_list(value) -> list:
 def target_layers(raw: dict, names: list[str]) -> list[str]:
     """Those of the named layers that an adapter_config.json adapts, by the rules of peft."""
     wanted, numbers = raw["target_modules"] or [], as_list(raw.get("layers_to_transform"))
+    end = time.monotonic() + SECONDS
     if isinstance(wanted, str) and raw.get("layers_to_transform") is not None:
         raise UserError("layers_to_transform beside a target_modules that is a pattern, which peft refuses")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = [name for name in names if name != "lm_head"]
-    chosen = select(wanted, names) - select(raw.get("exclude_modules") or [], names)
+    chosen = select(wanted, names, end) - select(raw.get("exclude_modules") or [], names, end)
     if numbers:
         starts = [rf"(?:^|.*?\.){pattern}" for pattern in as_list(raw.get("layers_pattern") or None)]
         found = {}  # the number of the block that a layer is in, by the first pattern that finds one
         for start in starts or [r".*?\.[^.]*"]:
-            for name, match in try_pattern(rf"{start}\.(?P<number>\d+)\.", names, "match").items():
+            for name, match in try_pattern(rf"{start}\.(?P<number>\d+)\.", names, "match", end).items():
                 found.setdefault(name, int(match["number"] or -1))
         chosen = {name for name in chosen if name in wanted or found.get(name) in numbers}  # a whole name always counts
     return [name for name in names if name in chosen]
 
 
-def select(wanted: str | list[str], names: list[str]) -> set[str]:
+def select(wanted: str | list[str], names: list[str], end: float) -> set[str]:
     """The names that a pattern matches as a whole, or that end in one of a list."""
     if isinstance(wanted, str):
-        return set(try_pattern(wanted, names, "fullmatch"))
+        return set(try_pattern(wanted, names, "fullmatch", end))
     return {name for name in names if any(ends_in(name, end) for end in wanted)}
 
 
-def try_pattern(pattern: str, names: list[str], how: str) -> dict:
+def try_pattern(pattern: str, names: list[str], how: str, end: float) -> dict:
     """{name: match} of the names that a pattern from a file matches, as with Python's re, which knows no time limit: one
-    like (a+)+$ may try for as long as the universe lasts."""
+    like (a+)+$ may try for as long as the universe lasts. end: when, by the monotonic clock, it has to be done."""
+    counts = re.findall(r"\{([0-9]{0,9}),?([0-9]{0,9})", pattern[:LONGEST])
+    copies = math.prod(max(int(least or 1), int(most or 1), 1) for least, most in counts)
+    if len(pattern) > LONGEST or copies > LONGEST:  # it would fill the memory
+        raise UserError(f"the pattern {pattern[:80]!r} is too long, or its counts are too high; write a list of names")
     try:
-        compiled, end = regex.compile(pattern), time.monotonic() + SECONDS
+        re.compile(pattern)  # what regex alone knows, such as recursion, is no pattern of peft's
+        compiled = regex.compile(pattern)
         found = {name: getattr(compiled, how)(name, timeout=max(end - time.monotonic(), 1e-3)) for name in names}
-    except regex.error as error:
+    except (re.error, regex.error) as error:
         raise UserError(f"{pattern!r} is not a pattern: {error}") from None
     except TimeoutError:
         raise UserError(f"the pattern {pattern!r} takes too long; write one that is quick, or a list of names") from None

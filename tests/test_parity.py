@@ -512,6 +512,17 @@ def test_a_pattern_that_would_try_for_ever_is_given_up(field, llama, tmp_path, m
     assert time.monotonic() - started < 10  # of the centuries
 
 
+@pytest.mark.parametrize("pattern, message", [
+    ("((a{1000}){1000}){1000}", "its counts are too high"), ("((a{1000,}){,1000}){1,9}", "its counts are too high"),
+    ("a" * 1001, "is too long"), ("(" * 900, "is not a pattern|RecursionError"), ("(?R)|a", "is not a pattern"),
+])
+def test_a_pattern_that_would_fill_the_memory_is_refused(pattern, message, llama, tmp_path):
+    export_peft(random_adapter(llama, "lora", ("q_proj",)), tmp_path / "peft")
+    change_config(tmp_path / "peft", target_modules=pattern)
+    with pytest.raises(UserError, match=message):
+        load_adapter(Transformer.from_pretrained(llama), tmp_path / "peft")
+
+
 def test_an_adapter_for_another_base_is_refused(llama, gpt2, tmp_path):
     other = write_llama(tmp_path / "other", d=48, layers=3)
     for method in PEFTS:

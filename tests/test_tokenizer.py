@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 
 import pytest
 import tokenizers
@@ -408,3 +409,25 @@ def test_a_character_that_spans_tokens_comes_with_its_last_one(llama):
     assert len(ids) == 6 and [stream.add(i) for i in ids] == ["a", "", "", "", "🙂", "b"]
     stream = TextStream(ours)
     assert [stream.add(i) for i in ids[:3]] == ["a", "", ""] and stream.rest() == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("part, what", [
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a|a)*[bc]d"}, "behavior": "Isolated", "invert": False}),
+    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "a{0,90}a{0,90}a{0,90}a{0,9}[bc]d"}, "behavior": "Isolated",
+                       "invert": False}),
+    ("normalizer", {"type": "Replace", "pattern": {"Regex": "a{0,90}a{0,90}a{0,90}a{0,9}[bc]d"}, "content": "x"}),
+    ("decoder", {"type": "Sequence", "decoders": [{"type": "Fuse"}, {
+        "type": "Replace", "pattern": {"Regex": "a{0,90}a{0,90}a{0,90}a{0,9}[bc]d"}, "content": "x"}]}),
+], ids=["panics", "splits", "normalises", "decodes"])
+def test_a_pattern_of_a_file_that_would_try_for_hours_is_refused(part, what, tmp_path, monkeypatch, capfd):
+    """Neither is there anything of Rust's panics on stderr."""
+    directory = write_llama(tmp_path / "model")
+    change_json(directory / "tokenizer.json", lambda raw: raw.update({part: what}))
+    monkeypatch.setattr("data.limits.SECONDS", 1.0)
+    tokenizer, started = load_tokenizer(str(directory)), time.monotonic()
+    text = "a" * 20_000 + " bd"
+    with pytest.raises(UserError, match="tokenizer.json: .*(too slow to be used|retry-limit)"):
+        ids = tokenizer.encode(text)
+        tokenizer.decode(ids)
+    assert time.monotonic() - started < 5
+    assert capfd.readouterr().err == ""
