@@ -56,8 +56,10 @@ def read_flags(settings: type, argv: list[str], description: str, choices: dict 
             value = kind(words)
             if words == "" or kind is list and "" in words:  # as in --data "$UNSET"
                 raise ValueError
-            if kind is int and abs(value) >= 2**63 or b"\0" in os.fsencode(str(text)):
-                # no such number, no such name of a file: fsencode raises ValueError for half of a character
+            if kind is int and abs(value) >= 2**63:
+                expected = "a whole number below 2^63"
+                raise ValueError
+            if b"\0" in os.fsencode(str(text)):  # in no name of a file; fsencode raises ValueError for half of a character
                 raise ValueError
             if name in choices and value not in choices[name]:
                 expected = f"one of {', '.join(choices[name])}"

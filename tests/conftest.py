@@ -8,8 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data import cli
 from data.download import cache_dir
 from data.tokenizer import byte_symbols
+
+# --dtype auto is float32 in tests, also in their forked processes and on CPUs that are quicker in bfloat16.
+CPU_DTYPE, cli.cpu_dtype = cli.cpu_dtype, lambda: "float32"
 
 VOCAB = 256 + 6 + 1  # bytes, merges, end of text
 MERGES = ["Ġ t", "h e", "Ġt he", "i n", "e r", "a n"]
@@ -175,9 +179,3 @@ def place(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return tmp_path / "place"
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """--dtype auto is float32 in tests, on CPUs that are quicker in bfloat16 too."""
-    monkeypatch.setattr("data.cli.cpu_dtype", lambda: "float32")

@@ -665,7 +665,7 @@ def test_random_damage_never_ends_in_a_traceback(scored):
     refusals = 0
     for number in range(60):
         file, dice = files[number % len(files)], fuzz.random.Random(number)
-        fuzz.damage(file, dice)
+        file.write_bytes(fuzz.damage_bytes(file.read_bytes(), dice, head=10_000))
         argv = ["--run", "run", "--data", "data", "--tasks", "piqa", "--dtype", "float32"]
         for flags in (["--compare", "run", "plain"], argv):
             try:
