@@ -13,12 +13,13 @@ up_proj, down_proj, so that the adapters of gatera.py mean the same in both. Lla
 
 Order of this file: config, the transformer, generation, pretrained weights.
 
-Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary.
-A batch is B rows, or one packed row: D documents, of up to L tokens, end to end without padding, N tokens together. A
-token's place is its index in the row, its position the index in its document.
+Shapes: B rows, T tokens a row, C = d_model, H query heads, K key/value heads, S = head_dim, V vocabulary, M tokens whose
+logits are wanted. A batch is B rows, or one packed row: D documents, of up to L tokens, end to end without padding, N
+tokens together, so that T = N. A token has a place in its row, a position in its document, and while decoding a slot in
+the cache. UserError is for a user's input, ValueError for a caller's mistake.
 """
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,7 +59,7 @@ class TransformerConfig:
     mlp_bias: bool = False           #        False            True
     tied_head: bool = False          #        small models     True: the head is the embedding, transposed
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None # linear, or Llama 3.1's frequencies, see `inverse_frequencies`
+    rope_scaling: dict | None = None # linear, llama3, or factors (llama.cpp's), see `inverse_frequencies`
 
     def __post_init__(self):
         check_config(vars(self))
@@ -99,7 +100,8 @@ def inverse_frequencies(config: TransformerConfig, device=None) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns channel pair (i, i + S/2) of x (B, T, H, S) by its token's angle; cos, sin (B, T, 1, S)."""
+    """Turns channel pair (i, i + S/2), as Hugging Face orders them, of x (B, T, H, S) by its token's angle; cos and sin are
+    (B, T, 1, S)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -110,10 +112,11 @@ class Flow(NamedTuple):
     """What every block needs to know about the tokens beside their activations."""
     rotary: tuple | None        # cos, sin: (B, T, 1, S)
     # For a packed row. Prompt [a b] with answers [c d] and [e f] is the row "a b c e" (an answer's last token is not
-    # read) and the documents [[0 1 2], [0 1 3]]. Attention works on D * L cells, the rest of the model on the row:
-    grid: torch.Tensor | None   # (D, L) row -> cells: the documents above; cells past an end hold any token
-    cell: torch.Tensor | None   # (N,)   cells -> row: a cell that holds each token, [0 1 2 5] or [3 4 2 5] above
-    trees: "Trees | None"       # on a CPU, used instead of the grid
+    # read) and the documents [[0 1 2], [0 1 3]]. Attention works on D * L cells, cell d L + t for token t of document d,
+    # the rest of the model on the row:
+    grid: torch.Tensor | None   # (D, L) the place that fills each cell: the documents above; past an end, any place
+    cell: torch.Tensor | None   # (N,)   a cell that holds each place's token, [0 1 2 5] or [3 4 2 5] above
+    trees: "Trees | None"       # on a CPU, used instead of grid and cell
     cache: "KVCache | None"
 
 
@@ -141,7 +144,7 @@ class KVCache:
         return self.layers[layer]
 
     def take(self, rows: torch.Tensor, start: int = 0):
-        """Row i goes on from what row rows[i] has seen; slots before `start` are the same in both."""
+        """Row i goes on from what row rows[i] has seen. Their slots before `start` hold the same already."""
         for layer in self.layers:
             for i, kept in enumerate(layer):
                 if len(rows) == len(kept):
@@ -259,18 +262,14 @@ class Block(nn.Module):
 
 
 class Recomputing:
-    """`now` is True while a checkpointed block runs for the second time, in the backward. A layer that keeps something
-    of its forward, as GatedLinear its gate, must not keep that one's: its graph would hold the block's activations, and
-    save no memory."""
+    """`now` is True in `with Recomputing():`, while a checkpointed block runs once more, in the backward. A layer of an
+    adapter keeps its gate for the loss: of the first run alone, as what is kept of this one would hold all activations."""
     now = False
 
+    def __enter__(self):
+        Recomputing.now = True
 
-@contextmanager
-def recomputation():
-    Recomputing.now = True
-    try:
-        yield
-    finally:
+    def __exit__(self, *error):
         Recomputing.now = False
 
 
@@ -307,8 +306,8 @@ class Transformer(nn.Module):
         if documents is not None:
             if B != 1 or cache is not None:
                 raise ValueError(f"documents pack one row without a cache; got {B} rows, cache {cache is not None}")
-            # The inverse of the grid: cell d * L + t for the token in it. Cells past a document's end (-1) write to
-            # a spare place, T; cells that share a token hold the same result, and any of them will do.
+            # The inverse of the grid. Cells past a document's end (-1) write to a spare place, T; cells that share a
+            # token hold the same result, and any of them will do.
             cells = torch.arange(documents.numel(), device=ids.device)
             cell = cells.new_zeros(T + 1).scatter_(0, torch.where(documents < 0, T, documents).flatten(), cells)[:T]
             # Cells past an end hold any token, as nothing sees them, but not all the same one: in the backward, all
@@ -318,7 +317,7 @@ class Transformer(nn.Module):
                 trees = Trees(documents, T)
                 trees = trees if trees.end_to_end else None
             if positions is None:
-                positions = (cell % documents.shape[1])[None]
+                positions = (cell % documents.shape[1])[None]                      # cell d L + t -> t
         elif positions is None:
             if cache is not None:
                 raise ValueError("a cache needs positions: the slot of each token")
@@ -330,14 +329,14 @@ class Transformer(nn.Module):
         rotary = None
         if config.positions == "learned":
             x = x + self.position_embed(positions)
-        else:  # angles in float32 whatever the model's dtype: bf16 cannot count to 1000
+        else:  # angles in float32 whatever the model's dtype: bf16 has no 257
             angles = positions[..., None].float() * inverse_frequencies(config, ids.device)  # (B, T, S/2)
             angles = torch.cat((angles, angles), dim=-1)[:, :, None]               # (B, T, 1, S)
             rotary = (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
         flow = Flow(rotary, grid, cell, trees, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
+                x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), Recomputing()))
             else:
                 x = block(x, flow)
         if select is not None:
@@ -349,7 +348,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def decode(self, prompts: list[list[int]], max_new_tokens: int, never: list[int] = ()):
         """Greedy decoding with a KV cache, step by step: yields the likeliest next token of each prompt, (B,), first
-        after all prompts (prefill), then after each of up to `max_new_tokens` new ones (decode).
+        after all prompts (prefill), then after each of up to `max_new_tokens` new ones (decode): once more than there
+        are new tokens, so that the last one is read too, and its gates can be looked at.
 
         Prompts are token ids; their lengths may differ. Ids in `never`, such as rows of the vocabulary that are no
         token, are not chosen. Raises ValueError for an empty prompt, and for one that leaves no room.
@@ -384,7 +384,7 @@ class Transformer(nn.Module):
         `stop` are finished if they are among the first `beams`; the first `beams` others stay open. Finished texts
         compete by log p per token, `stop` counted. A prompt is done when it has `beams` of them and its best open text
         is, per token so far, no better than the worst; what is open after the last step counts as finished. These are
-        the rules of transformers' generate(num_beams=beams), which the papers call. Arguments, result and errors as
+        the rules of transformers' generate(num_beams=beams), as the papers use it. Arguments, result and errors as
         in `generate`; every prompt is searched on its own, whatever it is batched with.
         """
         if beams < 1:
@@ -418,7 +418,8 @@ class Transformer(nn.Module):
                     elif rank < beams and not done[p]:
                         finished[p].append((score / len(text), text))
                 finished[p] = sorted(finished[p], key=lambda pair: -pair[0])[:beams]
-                open_texts = (open_texts + [(-math.inf, p * beams, [0])] * beams)[:beams]  # fewer: small vocabularies
+                # at the end, and with small vocabularies, fewer texts are open than there are beams
+                open_texts = (open_texts + [(-math.inf, p * beams, [0])] * beams)[:beams]
                 done[p] |= len(finished[p]) == beams and open_texts[0][0] / (step + 1) <= finished[p][-1][0]
                 texts[p] = [text for _, _, text in open_texts]
                 kept.append([score for score, _, _ in open_texts])
