@@ -23,19 +23,15 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from data.cli import device_problems, flag, peak_memory, pick_device, read_flags, run_command
 from data.commonsense import FORMS, Packed, Question, pack, training_question
@@ -47,6 +43,7 @@ from data.prepare import (DEFAULT, TASKS, check_records, count_repeated, hold_ou
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
 from data.runs import Progress, Run, Signals, clock, introduce
+from data.team import Team
 from eval import evaluate, log_likelihoods
 from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
                     inject_adapters, load_adapter, save_adapter)
@@ -225,7 +222,7 @@ class Batch(NamedTuple):
     n_cut: int                         # prompts that lost their start
 
 
-def load_batches(records: list[dict], encode, c: Config, team: "Team", first: int, steps: int):
+def load_batches(records: list[dict], encode, c: Config, team: Team, first: int, steps: int):
     """The Batches of the steps from `first` on. encode: record -> Question. A batch is made when its step comes: that
     takes less time than the step."""
     size = c.micro_batch or math.ceil(c.batch / team.size)
@@ -248,7 +245,7 @@ def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
 
 # -------------------------------------------------------------------------- the model, and what trains it
 
-def load_inputs(c: Config, team: "Team"):
+def load_inputs(c: Config, team: Team):
     """(tokenizer, number of steps, *load_data(c)). A base that the settings do not fit is refused before the data and
     its weights are downloaded."""
     with team.first_alone():  # It downloads what is not there yet.
@@ -268,7 +265,7 @@ def load_inputs(c: Config, team: "Team"):
     return tokenizer, steps, training, validation, test
 
 
-def load_model(c: Config, dtype: torch.dtype, team: "Team") -> Transformer:
+def load_model(c: Config, dtype: torch.dtype, team: Team) -> Transformer:
     """The frozen base with adapters, which alone are trained."""
     # With --fsdp first on the CPU, where all processes share one mapped file; `shard` moves it block by block.
     model = Transformer.from_pretrained(c.init, dtype=dtype, device="cpu" if c.fsdp else team.device)
@@ -277,7 +274,7 @@ def load_model(c: Config, dtype: torch.dtype, team: "Team") -> Transformer:
     torch.manual_seed(c.seed)
     inject_adapters(model, adapter_config(c))
     if c.fsdp:
-        team.shard(model)
+        team.shard(model, set(adapter_state(model).values()))
     if c.compile:
         compile_blocks(model)
     return model.train()
@@ -297,7 +294,7 @@ def learning_rate(step: int, steps: int, c: Config) -> float:
     return (steps - step) / max(1, steps - c.warmup)
 
 
-def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: torch.dtype, team: "Team") -> dict:
+def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: torch.dtype, team: Team) -> dict:
     """What config.json holds: all that is needed to repeat the run."""
     n_trainable = sum(p.numel() for p in adapter_state(model).values())
     n_base = sum(p.numel() for p in model.parameters()) - n_trainable
@@ -325,7 +322,7 @@ def save(run: Run, step: int, info: dict, model, optimizer, scaler) -> None:
 
 
 @torch.no_grad()
-def start(run: Run, facts: dict, c: Config, model, optimizer, scaler, team: "Team") -> dict:
+def start(run: Run, facts: dict, c: Config, model, optimizer, scaler, team: Team) -> dict:
     """Takes the run's directory over and puts back what `save` left there. Returns its info, {} for a new run. The run
     may have got another number of steps meanwhile, which is told."""
     for p in adapter_state(model).values():  # as AdamW's first step would
@@ -350,7 +347,7 @@ def start(run: Run, facts: dict, c: Config, model, optimizer, scaler, team: "Tea
 
 # ------------------------------------------------------------------------------------------------ the loop
 
-def train(c: Config, dtype: torch.dtype, team: "Team", run: Run, signals: Signals) -> dict:
+def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals) -> dict:
     """One run, from the records to best/ and last/. Where one process trains alone, it is a team of one."""
     started = time.monotonic()
     tokenizer, steps, train_records, validation_records, test_records = load_inputs(c, team)
@@ -456,7 +453,7 @@ def validate(step: int, model, questions: list[Question], autocast, progress: Pr
             save_adapter(model, run.directory / "best")
 
 
-def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], progress: Progress, team: "Team",
+def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], progress: Progress, team: Team,
            run: Run) -> dict:
     """The results, which training.json keeps: those of best/, which without validation is last/."""
     if run.results:
@@ -491,63 +488,6 @@ def scores_before_and_after(model, tokenizer, task: str, records: list[dict], c:
     return {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
 
 
-# --------------------------------------------------------------------------------------- several processes
-
-class Team(NamedTuple):
-    """The processes that torchrun started, each with a share of every batch. Alone: rank 0 of 1."""
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: torch.device) -> "Team":
-        if "RANK" not in os.environ:
-            return cls(0, 1, device)
-        cuda = device.type == "cuda"
-        if cuda:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
-                                timeout=timedelta(hours=6))  # the first process may have gigabytes to download
-        return cls(dist.get_rank(), dist.get_world_size(), device)
-
-    def wait(self):
-        if self.size > 1:
-            dist.barrier()
-
-    @contextmanager
-    def first_alone(self):
-        """The first process goes through the block alone, then all others do."""
-        if self.rank > 0:
-            self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
-
-    def add_up(self, parameters, sums: torch.Tensor) -> torch.Tensor:
-        """Sums gradients, in place, and `sums` (k,) over all processes: each has divided its loss by the token counts
-        of the whole batch, so that the sum is what one process would have, also where shares differ. Adapters are
-        small: one buffer and one exchange after the backward do for DistributedDataParallel's many during it."""
-        if self.size == 1:
-            return sums
-        flat = torch.cat([*(p.grad.flatten() for p in parameters), sums])
-        dist.all_reduce(flat)
-        *grads, sums = flat.split([*(p.numel() for p in parameters), len(sums)])
-        for p, grad in zip(parameters, grads):
-            p.grad.copy_(grad.view_as(p))
-        return sums
-
-    def shard(self, model: Transformer):
-        """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's turn
-        in forward or backward comes. Adapters and their optimizer stay whole everywhere, all else is as it was."""
-        adapters = set(adapter_state(model).values())
-        for p in adapters:
-            p.data = p.data.to(self.device)
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        for module in (*model.blocks, model):  # one by one: no more than a block is whole on the device
-            fully_shard(module, mesh=mesh, ignored_params=adapters)
-
-
 # ---------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
@@ -560,8 +500,7 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         with quiet:
             results = train(c, dtype, team, run, signals)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        team.leave()
         return results
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if not (text := explain(error, c, team, run)):
@@ -573,14 +512,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def explain(error: Exception, c: Config, team: Team, run: Run) -> str:
-    """What a user can do about a fault of the machine; "" for an error that is one of ours."""
+    """What a user can do about a fault of the machine; "" for a mistake in the program."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
         size = c.micro_batch or math.ceil(c.batch / team.size)
         return (f"out of memory: lower --micro-batch (now {size}) or --max-len (now {c.max_len})"
                 f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
     if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
         return f"cannot write: {error}; {run.advice()}"
-    if team.size > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError)):
+    if team.has_lost_one(error):
         return f"process {team.rank}: another process has ended, its own message says why; {run.advice()}"
     return ""
 

@@ -32,9 +32,9 @@ def member(rank, size, port, argv, at):
     if "--fsdp" in argv:
         shard = train.Team.shard
 
-        def checked(team, base):
+        def checked(team, base, adapters):
             whole = sum(p.numel() for p in base.parameters() if not p.requires_grad)
-            shard(team, base)
+            shard(team, base, adapters)
             kept = sum(p.to_local().numel() for p in base.parameters() if not p.requires_grad)
             assert kept <= whole / size * 1.01 and all(type(p) is torch.nn.Parameter for p in base.parameters() if p.requires_grad)
         train.Team.shard = checked
