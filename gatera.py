@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from data.adapters import fill, read_adapter, write_adapter
-from data.files import UserError, is_number
+from data.configs import check_adapter
+from data.files import UserError
 from data.peft_format import ends_in, transformers_names, write_peft
 from data.weights import llama_name
 from model import Recomputing
@@ -54,26 +55,8 @@ class AdapterConfig:
     skip_closed: float = 0.0       # a gate up to this counts as closed, its token skips Delta; 0: none does
 
     def __post_init__(self):
-        if isinstance(self.targets, str):
-            raise UserError(f"adapter: targets {self.targets!r}: expected a list of layer names")
+        check_adapter(vars(self), METHODS, GATES)
         self.targets = tuple(self.targets)
-        below_one = math.nextafter(1, 0)
-        wrong = [f"{name} {getattr(self, name)!r}: expected {expected}" for name, fine, expected in (
-            ("method", self.method in list(METHODS), "one of " + ", ".join(METHODS)),
-            ("gate", self.gate in list(GATES), "one of " + ", ".join(GATES)),
-            ("r", isinstance(self.r, int) and is_number(self.r, 1, math.inf), "a positive whole number"),
-            ("alpha", self.alpha is None or is_number(self.alpha, 1e-12, 1e12), "a positive number"),
-            ("gate_bias", is_number(self.gate_bias, -1e6, 1e6), "a finite number up to 1e6"),
-            ("dropout", is_number(self.dropout, 0, below_one), "a number from 0 up to, not including, 1"),
-            ("skip_closed", is_number(self.skip_closed, 0, below_one), "a number from 0 up to, not including, 1"),
-            ("targets", self.targets and all(isinstance(name, str) and name for name in self.targets),
-             "at least one layer name, and no empty one"),
-        ) if not fine]
-        if not wrong and self.skip_closed:
-            if not hasattr(METHODS[self.method], "skip_closed") or not hasattr(GATES[self.gate], "per_token"):
-                wrong.append(f"skip_closed {self.skip_closed}: {self.method} with gate {self.gate} has nothing to skip")
-        if wrong:
-            raise UserError("adapter: " + "; ".join(wrong))
 
     @property
     def scaling(self) -> float:

@@ -9,8 +9,9 @@
 
 A run directory holds config.json (everything needed to repeat the run),
 metrics.jsonl (a line for each logged step), the adapters best/ (lowest
-validation loss) and last/, which eval.py and gatera.load_adapter read, and
-state.safetensors, from which --resume goes on as if the run had never stopped.
+validation loss) and last/, which eval.py and gatera.load_adapter read,
+state.safetensors, from which --resume goes on as if the run had never stopped,
+and training.json, the results.
 """
 import dataclasses
 import hashlib
@@ -68,7 +69,7 @@ class Config:
     targets: str = "qkv,fc"         # adapted layers: qkv (q, k, v), fc (up, down), or layer names, with commas between
     entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
     gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
-    skip_closed: float = 0.0        # tokens with a gate up to this skip the update and its cost; 0: none do
+    skip_closed: float = 0.0        # HiRA, token gate: tokens with a gate up to this skip the update; 0: none do
     gate_lr: float = 0.0            # learning rate of the gates; 0: the same as lr
     # data
     tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
@@ -96,7 +97,7 @@ class Config:
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on what computes in it
     compile: bool = False           # torch.compile the model
-    checkpointing: bool = False     # recompute activations in the backward: less memory, a third more time
+    checkpointing: bool = False     # keep no activations, recompute them in the backward: less memory, a third more time
     fsdp: bool = False              # under torchrun: each process keeps a share of the frozen base, not all of it
 
 
@@ -199,7 +200,7 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
                         "training sets (a tenth, at most 200 a task); expected no more")
     if repeated := count_repeated(training):
         print(f"{repeated:,} records occur more than once in the training data")
-    # They are drawn with the same seed always: runs with different seeds are validated on the same records.
+    # The same records for every --seed, so that runs with different seeds are validated on the same.
     chosen = random.Random(0).sample(range(len(held_out)), c.validation)
     return training, [held_out[i] for i in sorted(chosen)], test
 
@@ -223,8 +224,8 @@ class Batch(NamedTuple):
 
 
 def load_batches(records: list[dict], encode, c: Config, team: Team, first: int, steps: int):
-    """The Batches of the steps from `first` on. encode: record -> Question. A batch is made when its step comes: that
-    takes less time than the step."""
+    """The Batches of the steps from `first` on. encode: record -> Question. They are made one by one, as the
+    loop asks for them."""
     size = c.micro_batch or math.ceil(c.batch / team.size)
     for numbers in itertools.islice(batches(len(records), c), first, steps):
         questions = [encode(records[i]) for i in numbers]
@@ -246,8 +247,8 @@ def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
 # -------------------------------------------------------------------------- the model, and what trains it
 
 def load_inputs(c: Config, team: Team):
-    """(tokenizer, number of steps, *load_data(c)). A base that the settings do not fit is refused before the data and
-    its weights are downloaded."""
+    """(tokenizer, number of steps, *load_data(c)). Settings that do not fit the base are refused before anything large
+    is downloaded."""
     with team.first_alone():  # It downloads what is not there yet.
         tokenizer = load_tokenizer(c.init)
         if tokenizer.eos is None:
@@ -417,7 +418,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
 
     if caught or signals.caught:
         print(f"interrupted; {run.advice()}")
-        sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])
+        sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])  # SIGTERM where another process was told to stop
     signals.release()
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
