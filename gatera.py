@@ -3,8 +3,8 @@
     model = Transformer.from_pretrained("smollm2-135m")
     inject_adapters(model, AdapterConfig(method="hira", gate="token", r=32))
 
-A pretrained model, the base, stays frozen. What trains is an adapter: beside each of some linear layers of the base an
-update Delta, and a gate g that decides how much of it a token gets. One formula covers every method here. For a layer
+A pretrained model, the base, stays frozen. Some of its linear layers get an adapter, which alone trains: an update
+Delta, and a gate g that decides how much of it each token gets. One formula covers every method here. For a layer
 y = W0 x + b of the base, W0 (out, in), and the input x_t (in,) of token t:
 
     y_t = W0 x_t + b + g(x_t) * Delta(x_t)               g(x) = sigmoid(w_g . x + b_g)       (GateRA, token gate)
@@ -13,15 +13,15 @@ y = W0 x + b of the base, W0 (out, in), and the input x_t (in,) of token t:
     DoRA  (arXiv 2402.09353)     Delta(x) = (m/n - 1) * W0 x + (m/n) * s B A x          n = row norms of W0 + s B A
     HiRA  (ICLR 2025)            Delta(x) = (W0 ⊙ B A) x                                ⊙ is elementwise (Hadamard)
 
-A (r, in) starts random and B (out, r) at zero: B A, which has the shape of W0 but only rank r, is zero then. m (out,),
-the row norms that DoRA learns, starts at n. So Delta starts at exactly 0 and the model at exactly its base. A closed
-gate, g = 0, leaves a token to the base; an open one, g = 1, gives it all of the published method.
+A (r, in) starts random and B (out, r) at zero: B A, which has the shape of W0 and a rank of at most r, is zero then. m
+(out,), the row norms that DoRA learns, starts at n. So Delta starts at exactly 0 and the model at exactly its base. With
+g = 0 a token is left to the base, with g = 1 it gets plain LoRA, DoRA or HiRA.
 
 GateRA as the paper evaluates it is HiRA with the token gate, trained on L_task + lambda * L_ent: the task's loss, and
-the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
+lambda times the entropy of the gates (`gate_entropy`), which draws each gate to 0 or 1.
 
-Below: the gates, the updates, the layer that joins them, adapters in a whole model, and on disk. A new gate is one class
-and one entry of GATES, a new update one class and one entry of METHODS.
+Below: the layer that joins gate and update, the gates, the updates, adapters in a whole model, and on disk. A new gate is
+one class and one entry of GATES, a new update one class and one entry of METHODS.
 """
 import math
 import warnings
@@ -48,11 +48,11 @@ class AdapterConfig:
     method: str = "hira"           # one of METHODS
     gate: str = "token"            # one of GATES
     r: int = 32                    # rank of B A
-    alpha: float | None = None     # LoRA's and DoRA's scaling numerator; None: 2 r. HiRA has none
+    alpha: float | None = None     # of LoRA's and DoRA's s = alpha / r; None: 2 r, so that s = 2
     dropout: float = 0.0           # on the input of Delta
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # ends of layers' names; the paper's
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
-    skip_closed: float = 0.0       # a gate up to this counts as closed, its token skips Delta; 0: none does
+    skip_closed: float = 0.0       # HiRA, token gate: tokens with g up to this, nearly closed, skip Delta; 0: none do
 
     def __post_init__(self):
         check_adapter(vars(self), METHODS, GATES)
@@ -65,17 +65,11 @@ class AdapterConfig:
 
 
 # The base computes in the dtype of x, which may be bfloat16 or float16. What trains is kept in float32 or better, as its
-# updates are too small for bfloat16's 8 bits, and joins each product in the dtype of x. These four see to that.
+# steps are too small for bfloat16's 8 bits, and joins each product in the dtype of x.
 
 def parameter(W0: torch.Tensor, *shape: int, value: float = 0.0) -> nn.Parameter:
-    """A parameter for the layer of the frozen weight W0."""
+    """A parameter of this shape, on the device of W0, in float32 or better."""
     return nn.Parameter(W0.new_full(shape, value, dtype=torch.promote_types(W0.dtype, torch.float32)))
-
-
-def autocast(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype of torch.autocast, where that is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def linear(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
@@ -88,10 +82,45 @@ def times(g: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return x if g is None else x * g.to(x.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------ the layer
+
+class GatedLinear(nn.Module):
+    """A frozen nn.Linear with an update, gated or not; its W0 and b keep their names in the state dict, weight and bias.
+
+    `gate_logit` (..., 1) keeps z of the last forward for the entropy term and for looking at; None without a gate.
+    """
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.update = METHODS[config.method](self.weight, config)
+        self.gate = None if GATES[config.gate] is None else GATES[config.gate](self.weight, config)
+        self.gate_logit = None
+        self.enabled = True        # see adapters_off
+        self.context = {}          # see gate_context
+        self.train(base.training)  # or dropout would be at work in a model in eval mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:                             # (..., in) -> (..., out)
+        leading, kind = x.shape[:-1], x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        x = x.reshape(-1, x.shape[-1])                                              # (N, in): N tokens
+        y = linear(x, self.weight, self.bias)                                       # W0 x + b: (N, out)
+        z = g = None
+        if self.enabled:
+            if self.gate is not None:
+                z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
+                g = torch.sigmoid(z)
+            y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
+        if not Recomputing.now:  # with gradient checkpointing, the first forward's is the one that the loss has seen
+            self.gate_logit = None if z is None else z.view(*leading, 1)
+        return y.view(*leading, -1)
+
+
 # --------------------------------------------------------------------------------------------------------- gates
-# forward: x (N, in), the tokens, -> z (N, 1), of which the layer makes g = sigmoid(z). A gate that reads something else
-# than x asks for it by name, as in forward(self, x, entropy, **context), and gets it from `gate_context`. At the start,
-# z is config.gate_bias.
+# forward: x (N, in), the tokens, -> the logit z (N, 1); the layer takes g = sigmoid(z). At the start, z is
+# config.gate_bias. A gate that reads something else than x asks for it by name, as in forward(self, x, position,
+# **context), and gets it as it was given to `gate_context`.
 
 class TokenGate(nn.Module):
     """z = w_g . x + b_g: a gate for each token (GateRA, token gate)."""
@@ -123,26 +152,21 @@ GATES = {"none": None, "token": TokenGate, "static": StaticGate}
 
 # ------------------------------------------------------------------------------------------------------- updates
 # forward: x (N, in), g (N, 1) or None without a gate -> g * Delta(x) (N, out). Of the base, an update may ask for W0
-# (out, in), b (out,) or None, and y = W0 x + b (N, out). Only where a class has them count:
-#   merged        the weight that does what base and open update do together, as one weight for all tokens
-#   PEFT          fields of adapter_config.json by which peft knows the method, and its names of our parameters
-#   skip_closed   a gate up to this counts as closed, and Delta is not made for its token
-#   product       the dense matrix of Delta, which `cached_products` keeps in `dense`
+# (out, in), b (out,) or None, and y = W0 x + b (N, out). Optional members, and what they make possible:
+#   merged        merging: the one weight for all tokens that does what base and update do with g = 1
+#   PEFT          peft's files: the fields of adapter_config.json that name the method, and its names of our parameters
+#   skip_closed   --skip-closed: Delta is not made for tokens with g up to this
+#   product       `cached_products`: the dense matrix of Delta, which is kept in the attribute `dense`
 
 class LowRank(nn.Module):
     """What the updates here are made of: A, random, and B, zero at the start."""
 
     def __init__(self, W0: torch.Tensor, config: AdapterConfig):
         super().__init__()
-        B = parameter(W0, W0.shape[0], config.r)
-        A = torch.empty(config.r, W0.shape[1], dtype=B.dtype)  # on the CPU: a seed means the same A on every device
-        A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W0.device))
-        self.A, self.B = A, B                                                       # (r, in), (out, r)
-        self.scaling, self.dropout = config.scaling, config.dropout
-
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """x with dropout, for Delta alone: base and gate read x."""
-        return F.dropout(x, self.dropout, self.training)
+        self.B = parameter(W0, W0.shape[0], config.r)                               # (out, r)
+        A = torch.empty(config.r, W0.shape[1], dtype=self.B.dtype)  # on the CPU: a seed means the same A on every device
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W0.device))  # (r, in)
+        self.scaling, self.drop = config.scaling, nn.Dropout(config.dropout)  # for Delta alone: base and gate read x
 
 
 class LoRA(LowRank):
@@ -172,10 +196,11 @@ class DoRA(LoRA):
     def forward(self, x: torch.Tensor, g: torch.Tensor | None, W0, b, y) -> torch.Tensor:
         dropped, ratio = self.drop(x), self.m / self.row_norm(W0)                   # m/n: (out,)
         low = times(g, self.scaling * linear(dropped, self.A))                      # (N, r)
-        if dropped is not x:
+        if self.training and self.drop.p:
             W0x = linear(dropped, W0)                                               # (N, out)
-        else:
+        else:  # y holds it already
             W0x = y if b is None else y - b.to(x.dtype)
+        # (m/n) B (g s A x) + (m/n - 1) (g W0 x)
         return torch.addcmul(linear(low, ratio[:, None] * self.B), times(g, W0x), (ratio - 1).to(x.dtype))
 
     @torch.no_grad()  # DoRA, section 4.3: the norm is a constant for the gradient
@@ -183,7 +208,7 @@ class DoRA(LoRA):
         """n = row norms (out,) of W0 + s B A, without making that matrix:
         n^2 = ||W0||^2 + 2 s rowsum((W0 A^T) ⊙ B) + s^2 rowsum((B (A A^T)) ⊙ B)."""
         A, B, s = self.A, self.B, self.scaling
-        with torch.autocast(A.device.type, enabled=False):  # sums in float32: m/n is 1 but for a few parts in a thousand
+        with torch.autocast(A.device.type, enabled=False):  # m/n - 1 is about 1e-3: summed in bfloat16, it would be lost
             cross = (linear(W0, A) * B).sum(1)                                      # (out,), W0 A^T in the dtype of W0
             return (self.weight_norm_squared + 2 * s * cross + s * s * (B @ (A @ A.T) * B).sum(1)).sqrt()
 
@@ -194,16 +219,17 @@ class DoRA(LoRA):
 class GatedHadamard(torch.autograd.Function):
     """g * (W0 ⊙ B A) x, whose backward is the paper's soft gradient masking, written out. g None: 1.
 
-    Autograd would keep the dense product W0 ⊙ B A of every layer until the backward: a second copy of the model.
-    Making it again costs r / N of a product with W0, so only the inputs are kept. With dy_t = dL/dy_t, the gradient
+    Autograd would keep the dense product W0 ⊙ B A of every layer until the backward: a second copy of the model. Making
+    it again costs r / N of what W0 x costs for N tokens, so only the inputs are kept. With dy_t = dL/dy_t, the gradient
     that arrives, and u_t = (W0 ⊙ B A)^T dy_t:
 
         dL/dx_t    = g_t u_t
         dL/dg_t    = x_t . u_t                                 (= dy_t . Delta(x_t), without keeping Delta)
         dL/d(BA)   = sum_t g_t  W0 ⊙ (dy_t x_t^T)              (GateRA, soft gradient masking)
 
-    The last line is the theorem: token t moves the adapter by its gate's share, at most
-    g_t max|W0| ||dy_t|| ||x_t|| in the Frobenius norm (the paper has ||W0||), and not at all where the gate is closed.
+    The last line is the theorem: token t moves B A by its gate's share, at most g_t max|W0| ||dy_t|| ||x_t|| in the
+    Frobenius norm (the paper's bound, with ||W0||, is looser), and not at all where the gate is closed. (LoRA and DoRA
+    have the same from autograd, as g multiplies what they add.)
     """
 
     @staticmethod
@@ -221,15 +247,15 @@ class GatedHadamard(torch.autograd.Function):
         u = dy @ (B @ A).mul_(W0)                                                   # (N, in)
         u = u if lift == 1 else u.div_(lift)
         dg = None if g is None else (x * u).sum(-1, keepdim=True, dtype=g.dtype)    # (N, 1)
-        dx, dy = times(g, u), times(g, dy)                                          # (N, in), (N, out)
-        dBA = (dy.T @ x).mul_(W0)                                                   # (out, in)
+        dx, masked = times(g, u), times(g, dy)                                      # (N, in), (N, out)
+        dBA = (masked.T @ x).mul_(W0)                                               # (out, in), soft gradient masking
         dA, dB = B.T @ dBA, dBA @ A.T                                               # (r, in), (out, r)
         return dx, None, dA if lift == 1 else dA.float() / lift, dB, dg             # none for W0, which is frozen
 
     @staticmethod
     def prepare(x, W0, A, B):
-        """W0, A and B in the dtype of x, and the lift: float16 has no numbers below 6e-8, where W0 ⊙ B A starts, so
-        there B is lifted by a power of two, which costs no precision, and what B made is divided by it."""
+        """W0, A and B in the dtype of x, and the lift: float16 has no numbers below 6e-8, and W0 ⊙ B A is as small early
+        on, so there B is lifted by a power of two, which costs no precision, and what B made is divided by it."""
         lift = 64 if x.dtype == torch.float16 else 1
         return W0.to(x.dtype), A.to(x.dtype), (B if lift == 1 else B * lift).to(x.dtype), lift
 
@@ -250,11 +276,11 @@ class HiRA(LowRank):
             return self.delta(x, g, W0)
         # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of the
         # output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
-        opened = (g > self.skip_closed).flatten().nonzero().flatten()               # (open tokens,)
+        opened = (g > self.skip_closed).flatten().nonzero().flatten()               # (open tokens,); there is a gate
         return x.new_zeros(len(x), len(W0)).index_copy_(0, opened, self.delta(x[opened], g[opened], W0))
 
     def delta(self, x: torch.Tensor, g: torch.Tensor | None, W0: torch.Tensor) -> torch.Tensor:
-        if self.dense is None or torch.is_grad_enabled():
+        if self.dense is None or torch.is_grad_enabled():  # a kept product has no gradient to A and B
             return GatedHadamard.apply(x, W0, self.A, self.B, g)                    # (N, out)
         return times(g, linear(x, self.dense))
 
@@ -266,38 +292,6 @@ class HiRA(LowRank):
 
 
 METHODS = {"lora": LoRA, "dora": DoRA, "hira": HiRA}
-
-
-# ------------------------------------------------------------------------------------------------------ the layer
-
-class GatedLinear(nn.Module):
-    """A frozen nn.Linear with an update, gated or not; `weight` and `bias` keep their names in the state dict.
-
-    `gate_logit` (..., 1) keeps z of the last forward for the entropy term and for looking at; None without a gate.
-    """
-
-    def __init__(self, base: nn.Linear, config: AdapterConfig):
-        super().__init__()
-        self.weight, self.bias = base.weight, base.bias
-        self.update = METHODS[config.method](self.weight, config)
-        self.gate = None if GATES[config.gate] is None else GATES[config.gate](self.weight, config)
-        self.gate_logit = None
-        self.enabled = True        # see adapters_off
-        self.context = {}          # see gate_context
-        self.train(base.training)  # or dropout would be at work in a model in eval mode
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:                             # (..., in) -> (..., out)
-        leading, x = x.shape[:-1], autocast(x).reshape(-1, x.shape[-1])             # (N, in): N tokens
-        y = linear(x, self.weight, self.bias)                                       # W0 x + b: (N, out)
-        z = g = None
-        if self.enabled:
-            if self.gate is not None:
-                z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
-                g = torch.sigmoid(z)
-            y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
-        if not Recomputing.now:  # the first forward's is the one that the loss has seen
-            self.gate_logit = None if z is None else z.view(*leading, 1)
-        return y.view(*leading, -1)
 
 
 # ----------------------------------------------------------------------------------------------- in a whole model
@@ -316,8 +310,7 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     if unknown := [target for target, names in found.items() if not names]:
         leaves = sorted({name.rpartition(".")[2] for name in linears})
         raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(leaves)}")
-    wanted = set().union(*found.values())
-    chosen = [name for name in linears if name in wanted]
+    chosen = [name for name in linears if any(name in names for names in found.values())]  # in the order of the blocks
     smallest = min(min(linears[name].weight.shape) for name in chosen)
     if config.r > smallest:
         raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
@@ -349,8 +342,8 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     """L_ent = -(1/N) sum [ g log g + (1 - g) log(1 - g) ], in nats, over the N gates of the last forward, one for each
     token and adapted layer (GateRA, entropy regularisation). Small where g is near 0 or 1, ln 2 = 0.693 at g = 1/2.
 
-    From z, where g = sigmoid(z), it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z). As H(z) = H(-z), it
-    is taken at -|z|, where nothing cancels.
+    From z, where g = sigmoid(z), it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z). For large z the two
+    cancel, so it is taken at -|z|, as H(z) = H(-z).
     mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates.
     """
     logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
@@ -368,7 +361,7 @@ def gate_values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def having(modules, name: str, values):
+def temporarily(modules, name: str, values):
     """Each module has another value in its attribute `name`, for as long as the `with` lasts."""
     before = [getattr(module, name) for module in modules]
     try:
@@ -381,23 +374,23 @@ def having(modules, name: str, values):
 
 
 def adapters_off(model: nn.Module):
-    """`with adapters_off(model):` it is the base model."""
-    return having(gated_layers(model).values(), "enabled", repeat(False))
+    """`with adapters_off(model):` it computes as its base."""
+    return temporarily(gated_layers(model).values(), "enabled", repeat(False))
 
 
 def gate_context(model: nn.Module, **context):
-    """`with gate_context(model, entropy=entropy):` gates can read, beside x, the entropy of each token, or whatever they
-    ask for. With checkpointing, the backward belongs into the `with` too: it runs the gates once more."""
-    return having(gated_layers(model).values(), "context", repeat(context))
+    """`with gate_context(model, position=position):` gates can read, beside x, the position of each token, or whatever else
+    they ask for. With checkpointing, the backward belongs into the `with` too: it runs the gates once more."""
+    return temporarily(gated_layers(model).values(), "context", repeat(context))
 
 
-@torch.no_grad()
 def cached_products(model: nn.Module):
-    """`with cached_products(model):` the dense products W0 ⊙ B A, for updates that make one, are kept. For decoding, where
-    a token's product with one is r times cheaper than making it, and not for training. Costs a copy of the weights."""
+    """`with cached_products(model):` the dense products W0 ⊙ B A, for updates that make one, are kept: for decoding under
+    no_grad, where a token's product with one is r times cheaper than making it. Costs a copy of the weights."""
     layers = [layer for layer in gated_layers(model).values() if hasattr(layer.update, "product")]
-    products = [layer.update.product(layer.weight) for layer in layers]
-    return having([layer.update for layer in layers], "dense", products)
+    with torch.no_grad():
+        products = [layer.update.product(layer.weight) for layer in layers]
+    return temporarily([layer.update for layer in layers], "dense", products)
 
 
 @torch.no_grad()
@@ -405,9 +398,9 @@ def merge_adapters(model: nn.Module) -> None:
     """Folds ungated adapters into the base weights, in place: each GatedLinear becomes an nn.Linear again.
 
     Load the base in float32 for it: bfloat16 rounds HiRA's 1 + B A to 1 where B A is below 0.004, and a warning says how
-    much of an update got lost. UserError where the weight would be another one for every token, as with a gate.
+    much of an update got lost. UserError where no one weight serves every token, as with a gate.
     """
-    layers, worst = gated_layers(model), 0.0        # the largest share of a layer's update that was rounded off
+    layers, lost = gated_layers(model), 0.0         # the largest share of a layer's update that was rounded off
     for name, layer in layers.items():
         if layer.gate is not None:
             raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
@@ -417,11 +410,11 @@ def merge_adapters(model: nn.Module) -> None:
         W0 = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))  # (out, in)
         W = layer.update.merged(W0)
         rounded = W.to(layer.weight.dtype)
-        worst = max(worst, ((rounded - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
+        lost = max(lost, ((rounded - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
         layer.weight = nn.Parameter(rounded, requires_grad=False)
     remove_adapters(model)
-    if worst > 0.05:
-        warnings.warn(f"merging into {rounded.dtype} rounded off up to {100 * min(worst, 1):.0f} % of a layer's update; "
+    if lost > 0.05:
+        warnings.warn(f"merging into {rounded.dtype} rounded off up to {100 * min(lost, 1):.0f} % of a layer's update; "
                       "load the base in float32")
 
 
@@ -444,12 +437,11 @@ def save_adapter(model: nn.Module, directory) -> None:
 
 
 def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
-    """Injects the adapter that `save_adapter`, `export_peft` or peft itself wrote to `directory` into a base model, or
-    overwrites the values of an adapter already there. A Llama of transformers takes one of ours, and the other way round.
+    """Injects the adapter that `save_adapter`, `export_peft` or peft itself wrote to `directory` into a base model, ours
+    or a Llama of transformers, or overwrites the values of an adapter already there.
 
-    changes: settings that shall be others than were saved, as skip_closed=0.1. Strict: UserError names missing, surplus
-    and misshapen tensors, broken files, and settings of peft that no AdapterConfig expresses. A base model that refuses
-    an adapter stays as it was.
+    changes: settings to override, as skip_closed=0.1. Strict: UserError names missing, surplus and misshapen tensors,
+    broken files, and settings of peft that no AdapterConfig expresses; a base that refuses an adapter stays as it was.
     """
     peft = {name: method.PEFT for name, method in METHODS.items() if hasattr(method, "PEFT")}
     file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft, changes)
