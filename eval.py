@@ -340,7 +340,7 @@ def parse(argv: list[str]) -> Settings:
     wrong += task_problems(c.tasks)
     rules = [
         (c.limit >= 0, f"--limit {c.limit}: expected 0 (all) or more"),
-        (c.beams >= 1, f"--beams {c.beams}: expected 1 or more"),
+        (1 <= c.beams <= 1000, f"--beams {c.beams}: expected a whole number from 1 to 1000"),
         (c.max_len == 0 or c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
         (not c.export or len(c.export) == 2, "--export: expected 2 arguments, hf or peft and a directory"),
         (not c.export or c.export[0] in ("hf", "peft"), f"--export {c.export and c.export[0]}: expected hf or peft"),

@@ -485,7 +485,7 @@ def read_config(name_or_path: str) -> TransformerConfig:
     """The config of a model (names as in `Transformer.from_pretrained`) without its weights: of a published one from
     the table, of any other from its files, of which config.json is enough."""
     published = {HUB_IDS[name]: name for name in CONFIGS}
-    if not Path(name_or_path).expanduser().exists() and hub_id(name_or_path) in published:
+    if hub_id(name_or_path) in published and not Path(name_or_path).exists():
         return TransformerConfig.from_name(published[hub_id(name_or_path)])
     return config_of(find_config(name_or_path))
 

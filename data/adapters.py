@@ -28,10 +28,7 @@ def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], met
             config = make_config(**settings | changes)
         return directory / "adapter_model.safetensors", config, {
             f"{name}.update.{leaf}": tensor for name, part in parts.items() for leaf, tensor in part.items()}
-    if not about.exists():
-        raise UserError(f"{about}: not found; expected a directory with adapter.safetensors and adapter.json, or one "
-                        "that peft wrote")
-    settings = read_json(about)
+    settings = read_json(about, "; expected a directory with adapter.safetensors and adapter.json, or one that peft wrote")
     if unknown := set(settings) - {field.name for field in fields(make_config)}:
         raise UserError(f"{about}: unknown fields {', '.join(sorted(unknown))}")
     with reading(about):

@@ -30,7 +30,8 @@ def is_number(value, least: float, most: float) -> bool:
 def reading(file: Path):
     """Around code that interprets a file which somebody else wrote. Whatever goes wrong there is one UserError that
     names the file: there are more ways to damage a file than checks for them."""
-    refuse_special(file)
+    if file.exists() and not (file.is_file() or file.is_dir()):  # not even opened: that could wait without end
+        raise UserError(f"{file}: a pipe, a socket or a device is there; expected a file")
     try:
         yield
     except UserError as error:
@@ -42,12 +43,6 @@ def reading(file: Path):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
-
-
-def refuse_special(path: Path) -> None:
-    """UserError for a pipe, a socket or a device, which is not even opened: that could wait without end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: a pipe, a socket or a device is there; expected a file")
 
 
 def is_panic(error: BaseException) -> bool:
@@ -72,16 +67,20 @@ def parse_json(content: bytes, where) -> object:
         raise UserError(f"{where}: not valid JSON ({first_line(error)})") from None
 
 
-def read_file(path: Path) -> bytes:
-    """What is in a file; UserError for none, for a directory, and for a pipe, which would be waited for without end."""
+def expect_file(path: Path, hint: str = "") -> None:
+    """UserError for no file, for a directory, and for a pipe, which would be waited for without end; hint: its end."""
     if not path.is_file():
-        raise UserError(f"{path}: not a file" if path.exists() else f"{path}: not found")
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'not found'}{hint}")
+
+
+def read_file(path: Path, hint: str = "") -> bytes:
+    expect_file(path, hint)
     return path.read_bytes()
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, hint: str = "") -> dict:
     """The object in a JSON file; UserError if there is none."""
-    raw = parse_json(read_file(path), path)
+    raw = parse_json(read_file(path, hint), path)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds a {type(raw).__name__}, expected an object with named fields")
     return raw
@@ -184,8 +183,7 @@ def sort_metadata(file: Path) -> None:
 def read_tensors(file: Path, with_info: bool = False):
     """{name: tensor} of a safetensors file, or with_info the pair of it and the text that `write_tensors` put beside
     it, "" in a file of others; UserError if the file is not there or not whole."""
-    if not file.is_file():
-        raise UserError(f"{file}: not a file" if file.exists() else f"{file}: not found")
+    expect_file(file)
     with reading(file), safe_open(file, framework="pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}
         metadata = handle.metadata() or {}

@@ -26,7 +26,7 @@ if not __package__:  # run as a script: this folder is then the first place of i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data.cli import read_flags, run_command  # noqa: E402
 from data.commonsense import check_question  # noqa: E402
-from data.files import UserError, parse_json, refuse_special, unwritable, write_atomically  # noqa: E402
+from data.files import UserError, parse_json, read_file, unwritable, write_atomically  # noqa: E402
 from data.sources import TABLE, choose_source, fetch_records  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
@@ -86,11 +86,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]
     file = file_of(task, split, out)
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
-    refuse_special(file)
-    try:
-        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; expected records, see data/prepare.py") from None
+    lines = read_file(file, "; expected records, see data/prepare.py").removesuffix(b"\n").split(b"\n")
     if lines == [b""]:
         raise UserError(f"{file}: empty; expected one record a line, see data/prepare.py")
     records = []

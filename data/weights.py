@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data.download import find_model
-from data.files import UserError, listed, read_json, reading, write_atomically, write_json
+from data.files import UserError, expect_file, listed, read_json, reading, write_atomically, write_json
 from data.gguf import GGUF, split_block
 from data.hub import shards
 from data.tokenizer import write_gguf_tokenizer
@@ -27,10 +27,7 @@ def read_fields(path: Path) -> dict:
     UserError names the file, and what is missing or not supported."""
     if path.suffix == ".gguf":
         return GGUF(path).fields()
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}/config.json: not found; a model directory needs config.json, *.safetensors and "
-                        "tokenizer files")
-    raw = read_json(path / "config.json")
+    raw = read_json(path / "config.json", "; a model directory needs config.json, *.safetensors and tokenizer files")
     with reading(path / "config.json"):
         try:
             return {"gpt2": gpt2_fields, "llama": llama_fields}[family(raw)](raw)
@@ -113,8 +110,7 @@ def read_weights(path: Path, config):
         return
     file, index = path / "model.safetensors", path / "model.safetensors.index.json"
     for file in shards(index) if index.exists() and not file.exists() else [file]:
-        if not file.exists():
-            raise UserError(f"{file}: not found; only safetensors are read (pickled .bin files can run code)")
+        expect_file(file, "; only safetensors are read (pickled .bin files can run code)")
         rename = gpt2_weights if config.positions == "learned" else llama_weights
         with reading(file), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():

@@ -146,7 +146,7 @@ CASES = [
     ("train", f"--seed {'9' * 5000}", "expected a whole number"),
     ("train", f"--batch {2**63}", "expected a whole number"),
     ("train", "--max-len 99999999999999999999 --micro-batch -99999999999999999999",
-     "--max-len 99999999999999999999: expected a whole number; --micro-batch -99999999999999999999: expected"),
+     "--max-len 99999999999999999999: expected a whole number below 2^63; --micro-batch -99999999999999999999: expected"),
     ("train", "--data 'a\0b' --out '\ud800'", "--out \\ud800: expected a value; --data a\0b: expected a value"),
     ("eval", f"--limit {2**64}", "expected a whole number"),
     ("eval", "--compare 'a\0b' c", "--compare a\0b c: expected a value"),
@@ -199,6 +199,7 @@ CASES = [
     ("train", f"--device cuda:{'9' * 5000}", ": expected auto, cpu, cuda or cuda:N"),
     ("train", "--device cuda:\u0660", ": expected auto, cpu, cuda or cuda:N"),
     ("eval", "--limit -1 --max-len 3", "--limit -1: expected 0 (all) or more; --max-len 3: expected 16 or more"),
+    ("eval", f"--protocol generate --beams {2**62}", f"--beams {2**62}: expected a whole number from 1 to 1000"),
     ("eval", "--max-len 4096", "--max-len 4096 is longer than the base's context of 512"),
     ("eval", "--tasks ,", "--tasks : expected all or some of boolq"),
     ("eval", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
@@ -218,10 +219,10 @@ CASES = [
     ("eval", "--run run --export peft run/best", "--export run/best: the directory is not empty"),
     ("prepare", "--out file.txt", "--out file.txt: a file is there; expected a directory"),
     # records
-    ("train", "--data nowhere", "nowhere/piqa/train.jsonl: No such file or directory; expected records"),
-    ("train", "--data file.txt", "file.txt/piqa/train.jsonl: Not a directory; expected records"),
-    ("train", "", "data/piqa/train.jsonl: Is a directory", several(remove("data/piqa/train.jsonl"),
-                                                                  lambda: Path("data/piqa/train.jsonl").mkdir())),
+    ("train", "--data nowhere", "nowhere/piqa/train.jsonl: not found; expected records"),
+    ("train", "--data file.txt", "file.txt/piqa/train.jsonl: not found; expected records"),
+    ("train", "", "data/piqa/train.jsonl: not a file", several(remove("data/piqa/train.jsonl"),
+                                                             lambda: Path("data/piqa/train.jsonl").mkdir())),
     ("train", "", "data/piqa/train.jsonl: empty; expected one record a line", write("data/piqa/train.jsonl", b"")),
     ("train", "", "data/piqa/train.jsonl, line 1: not valid JSON", write("data/piqa/train.jsonl", b"\n\n")),
     ("train", "", RECORD + "not valid JSON: byte 14 is not UTF-8", line(2, b'{"question": "\xe9"}')),
@@ -240,7 +241,7 @@ CASES = [
     ("train", "", RECORD + "a text holds '\\ud800', which is half of a character",
      line(2, GOOD | {"question": "\ud800"})),
     ("train", "", RECORD + "100,023 characters, expected up to 30,000", line(2, GOOD | {"question": "[" * 100_008})),
-    ("eval", "--data nowhere", "nowhere/piqa/test.jsonl: No such file or directory"),
+    ("eval", "--data nowhere", "nowhere/piqa/test.jsonl: not found"),
     ("eval", "", "data/piqa/test.jsonl, line 1: not valid JSON", write("data/piqa/test.jsonl", b"PK\x03\x04")),
     ("eval", "--tasks hellaswag", "a hellaswag choice without text", write("data/hellaswag/test.jsonl", json.dumps(
         {"task": "hellaswag", "question": "Rest: sit.", "choices": ["a", "[step]", "c", "d"], "label": 0}))),
@@ -257,6 +258,9 @@ CASES = [
     ("train", "--init ./nowhere", "./nowhere: no such model file or directory"),
     ("train", "--init ~nobody-is-called-so/x", "~nobody-is-called-so/x: no such model file or directory"),
     ("eval", f"--init {'a' * 300}", "File name too long"),
+    ("train", "--init '~nobody-is-called-so'", "~nobody-is-called-so/config.json: n_head is 0", several(
+        lambda: shutil.copytree("llama", "~nobody-is-called-so"),
+        change("~nobody-is-called-so/config.json", num_attention_heads=0))),
     ("train", "--init nowhere/tiny.gguf", "nowhere/tiny.gguf: no such model file or directory"),
     ("train", "--init file.txt", "file.txt: neither a directory nor a .gguf file"),
     ("train", "--init some/model", "some/model: not in the local cache, and the hub cannot be reached"),
@@ -324,7 +328,7 @@ def test_bad_input_is_one_line_and_writes_nothing(case, place, capsys, monkeypat
 @pytest.mark.parametrize("program, flags, words", [
     ("train.py", "--lrr 1 --tasks arc",
      "unknown argument --lrr (did you mean --lr?); --tasks arc: expected all or some of"),
-    ("train.py", COMMON["train"] + " --data nowhere", "nowhere/piqa/train.jsonl: No such file or directory"),
+    ("train.py", COMMON["train"] + " --data nowhere", "nowhere/piqa/train.jsonl: not found"),
     ("eval.py", "--limt 3", "unknown argument --limt (did you mean --limit?); nothing to evaluate"),
     ("data/prepare.py", "--source nowhere", "--source nowhere: expected auto, hub, index, or a directory"),
 ])
@@ -347,7 +351,7 @@ def test_an_output_without_permission_is_noticed_before_the_work(program, place,
 def test_a_file_without_permission(place, capsys):
     Path("data/piqa/train.jsonl").chmod(0)
     line = refused(lambda: train.main(shlex.split(COMMON["train"])), capsys)
-    assert "data/piqa/train.jsonl: Permission denied" in line
+    assert "Permission denied: 'data/piqa/train.jsonl'" in line
 
 
 def old_gpu(monkeypatch):

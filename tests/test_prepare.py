@@ -100,7 +100,7 @@ def test_bad_line_is_named(tmp_path, line, word):
 
 
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="not found; expected records"):
         prepare.load_records("piqa", "train", tmp_path)
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "train.jsonl").touch()
@@ -120,7 +120,7 @@ def test_a_pipe_or_device_in_the_place_of_records_is_refused(tmp_path):
     os.mkfifo(tmp_path / "piqa" / "train.jsonl")
     (tmp_path / "piqa" / "test.jsonl").symlink_to("/dev/zero")
     for split in ("train", "test"):
-        with pytest.raises(UserError, match=f"{split}.jsonl: a pipe or a device"):
+        with pytest.raises(UserError, match=f"{split}.jsonl: not a file"):
             prepare.load_records("piqa", split, tmp_path)
 
 
