@@ -203,6 +203,23 @@ def test_beam_search_equals_transformers(write, tmp_path):
     assert early > 0
 
 
+def test_beam_search_among_few_tokens_equals_transformers(tmp_path):
+    """All tokens are likely: texts end at any rank, and what is never chosen would have been."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    vocab, new = 12, 12
+    base = write_gpt2(tmp_path / "base", vocab=vocab)
+    ours = Transformer.from_pretrained(base)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    prompts = [[1, 5, 7], [4] * 9, [8]]
+    for stop, never in itertools.product(range(vocab), ([], [2, 6])):
+        for prompt, row in zip(prompts, ours.beam_search(prompts, new, stop, never=never)):
+            with torch.no_grad():
+                expected = theirs.generate(torch.tensor([prompt]), num_beams=4, do_sample=False, max_new_tokens=new,
+                                           eos_token_id=stop, pad_token_id=0, suppress_tokens=never or None)
+            expected = expected[0, len(prompt):].tolist()
+            assert row == (expected[:expected.index(stop)] if stop in expected else expected)
+
+
 def test_a_beam_as_wide_as_the_vocabulary_searches_exhaustively(llama):
     model = Transformer.from_pretrained(llama)
     for prompt, stop in (([5, 6, 7], None), ([200], 17), ([3, 1, 4], 99)):
