@@ -110,6 +110,24 @@ def test_scores_equal_a_plain_loop_and_do_not_depend_on_packing_or_order(task, f
         assert prediction["scores"] == pytest.approx(result["predictions"][i]["scores"], abs=1e-8)
 
 
+def test_rows_are_filled_from_the_longest_down_and_no_further_than_asked():
+    assert evaluation.in_rows([3, 10, 5, 4, 4], 8) == [[1], [2], [3, 4], [0]]
+    assert evaluation.in_rows([3, 10, 5, 4, 4], 10**6) == [[1, 2, 3, 4, 0]] and evaluation.in_rows([], 8) == []
+
+
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
+def test_a_model_in_training_is_evaluated_without_dropout_and_goes_on_training(protocol, llama):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    inject_adapters(model, AdapterConfig(r=4, dropout=0.5))
+    for p in adapter_state(model).values():
+        p.data += 0.3
+    records = load_records("ARC-Easy", "test", out=SAMPLE)[:2]
+    expected = evaluation.evaluate(model, tokenizer, records, protocol, beams=1)
+    assert not model.training
+    assert evaluation.evaluate(model.train(), tokenizer, records, protocol, beams=1) == expected
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("write", [write_gpt2, write_llama])
 def test_scores_of_all_tasks_equal_transformers(write, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -255,6 +273,21 @@ def test_generated_answers_do_not_depend_on_batching(beams, llama):
     together = evaluation.generate_answers(model, tokenizer, records, 512, beams, row_tokens=10**6)
     assert together == evaluation.generate_answers(model, tokenizer, records, 512, beams, row_tokens=1)
     assert together[::-1] == evaluation.generate_answers(model, tokenizer, records[::-1], 512, beams)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_is_what_beam_search_finds_up_to_the_end_of_text(beams, llama):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    records = load_records("piqa", "test", out=SAMPLE)[:2]
+    prompts = [scoring_questions(record, "label", tokenizer, 480)[0].prompt for record in records]
+    texts = model.beam_search(prompts, 32, None, beams)
+    missing = texts[0][0]  # a token that would be chosen, if the tokenizer had it
+    tokenizer.ids -= {missing}
+    tokenizer.eos = model.beam_search(prompts, 32, None, beams, [missing])[0][4]
+    expected = model.beam_search(prompts, 32, tokenizer.eos, beams, [missing])
+    assert min(map(len, expected)) < 32
+    answers = evaluation.generate_answers(model, tokenizer, records, 512, beams)
+    assert [answer["text"] for answer in answers] == [tokenizer.decode(new) for new in expected]
 
 
 @pytest.mark.parametrize("task, text, expected", [
