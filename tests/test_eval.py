@@ -14,7 +14,7 @@ import torch
 import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
 from data import pictures, results
-from data.commonsense import label_names, scoring_questions, to_text, without_tags
+from data.commonsense import Question, label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
 from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, load_adapter, save_adapter
@@ -141,6 +141,14 @@ def test_scores_of_all_tasks_equal_transformers(write, tmp_path):
         check_against_plain_loop(predictions, records, lambda ids: theirs(ids).logits, tokenizer, form, 1e-5)
 
 
+def test_log_p_of_a_bfloat16_model_is_summed_in_float32(llama):
+    model, ids = Transformer.from_pretrained(llama, dtype=torch.bfloat16), torch.arange(1, 60).tolist()
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).float().log_softmax(-1)[0, 4:-1]
+    (score,), = evaluation.log_likelihoods(model, [Question(ids[:5], [ids[5:]])])
+    assert score == pytest.approx(log_p[range(54), ids[5:]].sum().item(), abs=1e-3)
+
+
 def real_records(task, count):
     for source in (DEFAULT, SHARED):
         if (source / task / "test.jsonl").is_file():
@@ -194,6 +202,23 @@ def test_the_interval_is_wilsons():
     assert evaluation.wilson(5, 10) == pytest.approx([23.66, 76.34], abs=0.01)      # published example values
     assert evaluation.wilson(0, 10) == pytest.approx([0, 27.75], abs=0.01)
     assert evaluation.wilson(0, 0) == [0, 100]
+
+
+def test_a_summary_by_hand():
+    predictions = [{"label": label, "prediction": said, "prediction_norm": 1, "cut": label == 1}
+                   for label, said in ((0, 1), (0, 0), (0, None), (1, 1))]
+    summary = evaluation.summarise(predictions, "cloze")
+    assert (summary["n"], summary["acc"], summary["acc_norm"]) == (4, 50, 25)
+    assert (summary["majority"], summary["unparsed"], summary["cut"]) == (75, 1, 1)  # majority: of the labels
+
+
+def test_the_mean_over_tasks_counts_each_task_once():
+    tasks = {"piqa": {"n": 10, "acc": 50, "interval": [40, 70], "majority": 50, "unparsed": 1, "cut": 2},
+             "boolq": {"n": 90, "acc": 90, "interval": [80, 95], "majority": 60, "unparsed": 0, "cut": 3}}
+    mean = evaluation.mean_result(tasks, "label")
+    assert (mean["acc"], mean["majority"]) == (70, 55) and (mean["n"], mean["unparsed"], mean["cut"]) == (100, 1, 5)
+    assert mean["interval"] == pytest.approx([70 - math.hypot(10, 10) / 2, 70 + math.hypot(20, 5) / 2])
+    assert evaluation.mean_result({"piqa": tasks["piqa"]}, "label")["interval"] == [40, 70]
 
 
 # --------------------------------------------------------------------------------------------- generation
@@ -391,6 +416,29 @@ def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
         program("--run", run, "--tasks", "boolq")
 
 
+def test_results_of_other_questions_are_never_mixed_in(run, tmp_path, capsys):
+    data = shutil.copytree(SAMPLE, tmp_path / "data")
+    flags = ["--run", str(run), "--tasks", "piqa", "--data", str(data)]
+    evaluation.main(flags)
+    file = data / "piqa" / "test.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)))  # as many
+    evaluation.main(flags)
+    assert "held another evaluation (piqa's records differ)" in capsys.readouterr().out
+    evaluation.main([*flags, "--max-len", "100"])
+    assert "held another evaluation (max_len differ)" in capsys.readouterr().out
+    evaluation.main([*flags, "--max-len", "100"])
+    assert "4 predictions were already in" in capsys.readouterr().out
+
+
+def test_questions_are_as_long_as_in_training_and_fit_into_the_context(llama, gpt2, tmp_path):
+    run = write_run(tmp_path / "run", llama, max_len=64)
+    assert program("--run", run, "--tasks", "boolq")["configuration"]["max_len"] == 64
+    for base, length in ((llama, 512), (gpt2, 256)):
+        summary = program("--init", base, "--tasks", "piqa", "--out", tmp_path / str(length))
+        assert summary["configuration"]["max_len"] == length
+
+
 def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
     save_adapter(adapted(llama, "lora", "none"), tmp_path / "adapter")
     common = ["--init", llama, "--tasks", "piqa", "--protocol", "cloze"]
@@ -577,12 +625,16 @@ def test_several_results_of_a_run_are_named(run):
 
 # ----------------------------------------------------------------------------------------------- the gates
 
-def test_gates_while_decoding_equal_those_of_one_forward(llama):
+@pytest.mark.parametrize("stops", [False, True])
+def test_gates_while_decoding_equal_those_of_one_forward(stops, llama):
     model, tokenizer = adapted(llama, dtype=torch.float64), load_tokenizer(llama)
     record = load_records("piqa", "test", out=SAMPLE)[0]
-    trace, = evaluation.trace_gates(model, tokenizer, [record], "cloze", 512)
     prompt = scoring_questions(record, "cloze", tokenizer, 512)[0].prompt
+    if stops:
+        tokenizer.eos = model.generate([prompt], 32)[0][5]
+    trace, = evaluation.trace_gates(model, tokenizer, [record], "cloze", 512)
     ids = prompt + model.generate([prompt], 32, tokenizer.eos)[0]
+    assert (len(ids) < len(prompt) + 32) == stops
     assert trace["prompt"] == len(prompt) and "".join(trace["tokens"]) == tokenizer.decode(ids)
     with torch.no_grad():
         model(torch.tensor([ids]))
@@ -592,9 +644,10 @@ def test_gates_while_decoding_equal_those_of_one_forward(llama):
 
 def test_gate_numbers_by_hand():
     names = ["blocks.0.attn.q_proj", "blocks.1.mlp.up_proj"]
-    traces = [{"prompt": 2, "cut": 0, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
+    traces = [{"prompt": 2, "cut": 3, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
     numbers = evaluation.gate_numbers(traces, names)
     prompt, answer = numbers["prompt"], numbers["answer"]
+    assert (numbers["questions"], numbers["cut"]) == (1, 1)
     assert (prompt["tokens"], prompt["mean"], prompt["below_0.05"], prompt["entropy_bits"]) == (2, 0.25, 0.5, 0.5)
     assert (prompt["between_tokens"], answer["between_tokens"]) == (0, 0)  # each gate is the same on all its tokens
     mixed = evaluation.gate_numbers([{"prompt": 4, "cut": 0, "gates": torch.tensor([[0, 0.5, 0.5, 1], [0.5] * 4])}], names)
@@ -616,6 +669,16 @@ def test_gates_are_shown(gate, llama, tmp_path, capsys):
     page = (out / "gates.html").read_text()
     assert "http" not in page and "{{" not in page and "prefers-color-scheme: dark" in page
     assert "mean gate" in capsys.readouterr().out
+
+
+def test_gates_are_of_ten_questions_as_generation_reads_them(llama, tmp_path):
+    run, lines = write_run(tmp_path / "run", llama), (SAMPLE / "piqa" / "test.jsonl").read_text()
+    (tmp_path / "data" / "piqa").mkdir(parents=True)
+    (tmp_path / "data" / "piqa" / "test.jsonl").write_text(lines * 3)
+    evaluation.main(["--run", str(run), "--data", str(tmp_path / "data"), "--tasks", "piqa", "--gates",
+                     "--protocol", "generate"])
+    written = json.loads((run / "eval" / "best-gates-generate" / "gates.json").read_text())
+    assert written["form"] == "label" and written["gates"]["questions"] == 10
 
 
 def test_texts_in_the_page_are_harmless(tmp_path):
@@ -669,6 +732,15 @@ def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, 
     monkeypatch.setenv("NO_COLOR", "1")
     program("--run", run, "--prompt", "why")
     assert "\x1b" not in terminal.text and "[0." in terminal.text
+
+
+def test_a_long_prompt_loses_its_start_but_for_the_begin_of_text(llama, capsys):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    text, tokenizer.bos = "".join(map(chr, range(33, 120))), 7
+    for room, read in ((20, [7] + tokenizer.encode(text)[-19:]), (200, [7] + tokenizer.encode(text))):
+        answer = evaluation.show_decoding(model, tokenizer, text, room)["the base"]
+        assert answer == tokenizer.decode(model.generate([read], 32, tokenizer.eos)[0])
+        assert (f"lost its first {len(text) + 1 - room}" in capsys.readouterr().out) == (room == 20)
 
 
 def test_control_characters_do_not_reach_the_terminal():
