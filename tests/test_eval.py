@@ -572,21 +572,56 @@ def test_seeds_are_joined(llama, tmp_path, capsys):
     assert second["difference"] == np.mean(accuracy[1]) - np.mean(accuracy[0]) and second["p"] is None
 
 
+def write_results(directory, hits, settings=None, backwards=False, **changed):
+    """An evaluation's results, of {task: whether each question is answered rightly}."""
+    directory.mkdir(parents=True)
+    configuration = {"base_sha256": "b", "dtype": "d", "protocol": "label", "split": "test", "beams": None, "limit": 0}
+    (directory / "results.json").write_text(json.dumps({
+        "configuration": configuration | changed, "settings": settings, "data": dict.fromkeys(hits, "x"),
+        "tasks": {task: {"n": len(right)} for task, right in hits.items()}}))
+    lines = [json.dumps({"task": task, "index": i, "prediction": 0, "cut": False, "label": int(not hit)}) + "\n"
+             for task, right in hits.items() for i, hit in enumerate(right)]
+    (directory / "predictions.jsonl").write_text("".join(lines[::-1] if backwards else lines))
+    return directory
+
+
 def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
-    """100 questions of which the second run gets 20 more right, and the third the same."""
-    for name, right in (("a", 40), ("b", 60), ("c", 40)):
-        (tmp_path / name).mkdir()
-        configuration = {"base_sha256": "b", "dtype": "d", "protocol": "label", "split": "test", "beams": None, "limit": 0}
-        (tmp_path / name / "results.json").write_text(json.dumps({
-            "configuration": configuration, "settings": None, "data": {"piqa": "x"}, "tasks": {"piqa": {"n": 100}}}))
-        predictions = [{"task": "piqa", "index": i, "prediction": 0, "cut": False, "label": int(i >= right)} for i in range(100)]
-        lines = "".join(json.dumps(prediction) + "\n" for prediction in reversed(predictions))
-        (tmp_path / name / "predictions.jsonl").write_text(lines)
-    result = program("--compare", *(tmp_path / name for name in "abc"), "--out", tmp_path / "table")
+    """100 questions of which the second run gets 20 more right, and the third the same; in any order of their lines."""
+    runs = [write_results(tmp_path / name, {"piqa": [i < right for i in range(100)]}, backwards=name == "b")
+            for name, right in (("a", 40), ("b", 60), ("c", 40))]
+    result = program("--compare", *runs, "--out", tmp_path / "table")
     first, better, same = result["rows"]["mean"]
     assert (first["accuracy"], better["difference"], same["difference"]) == (40, 20, 0)
     assert 10 < better["interval"][0] < 20 < better["interval"][1] < 30 and better["p"] == pytest.approx(2 / 2**20)
     assert same["interval"] == [0, 0] and same["p"] == 1
+
+
+def test_a_compared_mean_counts_each_task_once(tmp_path):
+    """20 points more in the larger of two tasks, and none in the other."""
+    runs = [write_results(tmp_path / name, {"piqa": [i < right for i in range(400)], "boolq": [True] * 10})
+            for name, right in (("a", 200), ("b", 280))]
+    first, second = program("--compare", *runs, "--out", tmp_path / "table")["rows"]["mean"]
+    assert (first["accuracy"], second["difference"]) == (75, 10)
+    assert 7 < second["interval"][0] < 10 < second["interval"][1] < 13
+
+
+def test_what_differs_between_the_seeds_of_a_method_is_a_warning(tmp_path):
+    right = {"piqa": [True] * 4}
+    a, b, c, d = (write_results(tmp_path / name, right, settings={"seed": seed, "lr": lr})
+                  for name, seed, lr in (("a", 1, 0.1), ("b", 2, 0.2), ("c", 1, 0.2), ("d", 2, 0.2)))
+    result = program("--compare", f"{a},{b}", f"{c},{d}", "--out", tmp_path / "table")
+    assert result["warnings"] == ["lr: 0.1, 0.2 / 0.2"] and result["compared"] == []
+
+
+def test_results_that_are_not_whole_or_of_other_beams_are_not_compared(tmp_path):
+    right = {"piqa": [True] * 4}
+    four, one = (write_results(tmp_path / str(beams), right, protocol="generate", beams=beams) for beams in (4, 1))
+    with pytest.raises(UserError, match="cannot be compared: their beams is 1 and 4"):
+        program("--compare", four, one)
+    file = write_results(tmp_path / "half", right) / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="half: predictions of piqa are missing; evaluate again"):
+        program("--compare", tmp_path / "half", four)
 
 
 @pytest.mark.parametrize("flags, message", [
