@@ -42,7 +42,7 @@ from data.files import UserError, checksum, fingerprint, json_lines, unwritable
 from data.output import export_problem, faults_told, renewed, written_whole
 from data.pictures import (GATE_PICTURES, colour_legend, draw_gates, draw_training, gate_numbers, paint, read_training,
                            write_gate_page)
-from data.prepare import TASKS, load_records, task_names
+from data.prepare import TASKS, check_records, load_records, task_names
 from data.results import (check_base, continued, find_data, find_run, mean_result, results_name, save_results, summarise,
                           table)
 from data.tokenizer import TextStream, Tokenizer
@@ -414,8 +414,6 @@ def run_model(c: Settings) -> dict:
     if needed and (problem := unwritable(out)):
         raise UserError(f"--out {problem}")
     records = {task: load_records(task, c.split, data)[:limit] for task in needed}
-    for record in sum(records.values(), []):
-        to_text(record, form)  # one without a text is refused before all else
 
     # The model
     tokenizer = load_tokenizer(base)
@@ -426,6 +424,8 @@ def run_model(c: Settings) -> dict:
     room = prompt_room(model, max_len)
     if room < 16 and (protocol == "generate" or c.gates or c.prompt):
         raise UserError(f"the base's context of {model.config.max_len} leaves no room for {NEW_TOKENS} new tokens")
+    for of_task in records.values():
+        check_records(of_task, c.split, form, tokenizer, room if protocol == "generate" or c.gates else max_len, data)
     base_hash = fingerprint(model.named_parameters())
     check_base(c, facts, base, base_hash, dtype)
     if adapter is not None:
@@ -438,8 +438,8 @@ def run_model(c: Settings) -> dict:
         return show_decoding(model, tokenizer, c.prompt.replace("\\n", "\n"), room)
     if c.gates:
         return show_gates(model, tokenizer, records, form, max_len, c, out)
-    print(f"{base}{f' + {adapter}' if adapter else ''}, {protocol}, {sum(map(len, records.values())):,} questions "
-          f"({c.split}) of {data}")
+    print(f"{base}{f' + {adapter}' if adapter else ''} in {str(dtype).removeprefix('torch.')}, {protocol}, "
+          f"{sum(map(len, records.values())):,} questions ({c.split}) of {data}")
     trained = {name: p.detach().cpu() for name, p in adapter_state(model).items()}
     configuration = {
         "rules": RULES, "base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,
@@ -448,7 +448,7 @@ def run_model(c: Settings) -> dict:
         "dtype": str(dtype), "torch": torch.__version__}
     summary = {
         "configuration": configuration, "adapter": str(adapter) if adapter else None,
-        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256") if name in facts} or None,
+        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256", "dtype") if name in facts} or None,
         "python": platform.python_version(), "device": str(device), "data_directory": str(data),
         "data": {task: hashlib.sha256(json_lines(lines).encode()).hexdigest() for task, lines in records.items()},
         "tasks": {}}

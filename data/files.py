@@ -203,7 +203,13 @@ def read_info(file: Path) -> str:
 def fingerprint(parameters) -> str:
     """Tells a base model from another, at no cost, by the first values of each of its (name, parameter): in bfloat16, so
     that loaded in float32 or bfloat16 it is the same."""
-    return checksum({name: p.detach().flatten()[:64].to(torch.bfloat16).cpu() for name, p in parameters})
+    return checksum({f"{name} {tuple(p.shape)}": p.detach().flatten()[:64].to(torch.bfloat16).cpu()
+                     for name, p in parameters})
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def checksum(tensors: dict[str, torch.Tensor], info: str = "") -> str:

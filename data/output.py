@@ -7,10 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
-from data.files import UserError, claim, read_json, unwritable, wait_for_disk, write_json
+from data.files import UserError, claim, is_out_of_memory, read_json, unwritable, wait_for_disk, write_json
 
 
 # -------------------------------------------------------------------------------------------- sets of files
@@ -72,6 +71,8 @@ def renewed(out: Path, names: list[str], about: dict, same: tuple[str, ...]):
         if foreign:
             set_aside(out, [name for name in names if name in foreign], "files of something else")
         write_json(out / names[0], about)
+        for name in names[1:]:  # should a kill come before they are new, old ones must not stand beside the new page
+            (out / name).unlink(missing_ok=True)
         yield
 
 
@@ -113,8 +114,7 @@ def faults_told(c):
         raise
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
         text = str(error)
-        if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or any(sign in text for sign in ("out of memory", "allocate memory", "ALLOC_FAILED"))):
+        if is_out_of_memory(error):
             raise UserError("out of memory: use --dtype bfloat16, a smaller --max-len or fewer --beams, each of which is "
                             f"another evaluation, or a larger machine{kept}") from error
         if not isinstance(error, (OSError, SafetensorError)):

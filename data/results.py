@@ -223,12 +223,15 @@ def find_data(c, settings: dict) -> Path:
 
 
 def check_base(c, facts: dict, base: str, fingerprint: str, dtype: torch.dtype) -> None:
-    """UserError if a run was trained on another base than the one that is loaded. A base of float32 in float16 is
-    rounded twice on its way to its fingerprint, so those of float16 tell something among themselves alone."""
+    """A word if a run was trained on another base than the one that is loaded, UserError if nobody asked for that one. A
+    base of float32 in float16 is rounded twice on its way to its fingerprint, so that float16's are compared with
+    float16's alone."""
     comparable = (facts.get("dtype") == "torch.float16") == (dtype == torch.float16)
     if comparable and facts.get("base_sha256", fingerprint) != fingerprint:
-        raise UserError(f"{base}: its weights are not those that {c.run} was trained on ({facts.get('config', {}).get('init')} "
-                        "at that time); pass --init with that base")
+        text = f"{base}: its weights are not those that {c.run} was trained on ({facts['config']['init']} at that time)"
+        if not c.init:
+            raise UserError(f"{text}; pass --init with that base, or with this one to use it all the same")
+        print(f"WARNING: {text}")
 
 
 def results_name(adapter: str, protocol: str, c) -> str:

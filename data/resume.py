@@ -66,9 +66,9 @@ def read_facts(directory: Path) -> dict:
     """The config.json of the run in a directory; UserError if there is no run."""
     if problem := misplaced(directory):
         raise UserError(f"--resume {problem}")
-    facts = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
     if not is_run(directory):
         raise UserError(f"--resume {directory}: there is no run; expected a directory with the config.json of one")
+    facts = read_json(directory / "config.json")
     if wrong := [f"{name} {value!r:.40}" for name, value in facts.items()
                  if name in FACTS and type(value) is not FACTS[name]]:
         raise UserError(f"{directory / 'config.json'}: {', '.join(wrong)}: not what train.py writes; copy it again")
@@ -97,10 +97,11 @@ def saved_info(directory: Path) -> dict:
     return parse_info(read_info(file), directory) if file.exists() else {}
 
 
-def read_settings(directory: Path, settings: type, changed: set[str]) -> dict:
+def read_settings(directory: Path, settings: type, changed: set[str], may_change: tuple[str, ...]) -> dict:
     """The settings of the run in a directory, fields of the dataclass `settings`. Its dtype is no longer "auto": what
     that meant, it has to mean again. UserError names what is no value of a setting, and what is not as it was when the
-    checkpoint was saved; `changed` are those that get another value anyway."""
+    checkpoint was saved, other than those that may change: `changed` get another value anyway, and the checkpoint, which
+    is written first, has the newest of the rest."""
     facts, saved = read_facts(directory), saved_info(directory)
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     values = {name: value for name, value in facts["config"].items() if name in kinds}
@@ -109,6 +110,7 @@ def read_settings(directory: Path, settings: type, changed: set[str]) -> dict:
              if not fits(value, kinds[name])]
     if saved and not wrong:
         before = saved["facts"]
+        values |= {name: before["config"][name] for name in may_change if name in values and name in before["config"]}
         wrong = (differences(values, before["config"], kinds.keys() - {"resume", "out", "dtype", *changed})
                  + differences(facts, before, FIXED))
     if wrong:

@@ -41,7 +41,7 @@ class Run:
     def begin(self, facts: dict, resume: bool, expected: dict[str, torch.Tensor]) -> tuple[dict, dict]:
         """Takes the directory over for the run of `facts`. Returns the tensors and the info that `save` was given last;
         of a new run, both are empty. expected: what the tensors have to be like. Nothing is overwritten yet."""
-        self.facts = facts
+        self.facts = json.loads(json.dumps(facts))  # as they are read again
         if self.is_writer:
             self.take_over(resume)
         if resume and self.checkpoint.exists():
@@ -96,13 +96,12 @@ class Run:
                 return results if results.get("steps") == info["step"] else None
 
     def start(self, tensors: dict[str, torch.Tensor], info: dict) -> None:
-        """What `begin` returned is in its place: from here on files are written."""
-        if not self.is_writer:
+        """What `begin` returned is in its place: from here on files are written, but in a run that has ended none."""
+        if not self.is_writer or self.results:
             return
         if info and info["facts"] != self.facts:  # The checkpoint learns of new settings before config.json has them.
             write_tensors(self.checkpoint, tensors, json.dumps(info | {"facts": self.facts}))
-        if not self.results:
-            (self.directory / "training.json").unlink(missing_ok=True)  # of other settings
+        (self.directory / "training.json").unlink(missing_ok=True)  # of other settings
         self.metrics.truncate(self.whole_lines(info.get("metrics", 0)))  # lines of steps that were not saved come again
         self.write("config.json", self.facts)
         if not os.fstat(self.metrics.fileno()).st_size:

@@ -32,6 +32,13 @@ class Team(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
+    def of_the_first(self, value):
+        """The first process's value, in all of them."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def leave(self):
         if self.size > 1:
             dist.destroy_process_group()

@@ -129,7 +129,7 @@ def write_gguf(path, directory, quantise=None, pre="gpt-2"):
             layer, name = name.removeprefix("model.layers.").split(".", 1)
             for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
                 if part in name:  # llama.cpp's own order: the channels of a rotation side by side
-                    tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+                    tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
             target = f"blk.{layer}.{names[name]}.{kind}"
         else:
             target = f"{names[name]}.{kind}"

@@ -15,7 +15,7 @@ import eval as evaluation
 from conftest import VOCAB, write_gpt2, write_llama
 from data import compare as comparison
 from data import pictures, results
-from data.commonsense import label_names, scoring_questions, to_text, without_tags
+from data.commonsense import Question, label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
 from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, load_adapter, save_adapter
@@ -111,6 +111,24 @@ def test_scores_equal_a_plain_loop_and_do_not_depend_on_packing_or_order(task, f
         assert prediction["scores"] == pytest.approx(result["predictions"][i]["scores"], abs=1e-8)
 
 
+def test_rows_are_filled_from_the_longest_down_and_no_further_than_asked():
+    assert evaluation.in_rows([3, 10, 5, 4, 4], 8) == [[1], [2], [3, 4], [0]]
+    assert evaluation.in_rows([3, 10, 5, 4, 4], 10**6) == [[1, 2, 3, 4, 0]] and evaluation.in_rows([], 8) == []
+
+
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
+def test_a_model_in_training_is_evaluated_without_dropout_and_goes_on_training(protocol, llama):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    inject_adapters(model, AdapterConfig(r=4, dropout=0.5))
+    for p in adapter_state(model).values():
+        p.data += 0.3
+    records = load_records("ARC-Easy", "test", out=SAMPLE)[:2]
+    expected = evaluation.evaluate(model, tokenizer, records, protocol, beams=1)
+    assert not model.training
+    assert evaluation.evaluate(model.train(), tokenizer, records, protocol, beams=1) == expected
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("write", [write_gpt2, write_llama])
 def test_scores_of_all_tasks_equal_transformers(write, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -122,6 +140,14 @@ def test_scores_of_all_tasks_equal_transformers(write, tmp_path):
                    if max(len(tokenizer.encode(p + a)) for p, a in to_text(r, form)) <= ours.config.max_len]
         predictions = evaluation.evaluate(ours, tokenizer, records, form, ours.config.max_len)["predictions"]
         check_against_plain_loop(predictions, records, lambda ids: theirs(ids).logits, tokenizer, form, 1e-5)
+
+
+def test_log_p_of_a_bfloat16_model_is_summed_in_float32(llama):
+    model, ids = Transformer.from_pretrained(llama, dtype=torch.bfloat16), torch.arange(1, 60).tolist()
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).float().log_softmax(-1)[0, 4:-1]
+    (score,), = evaluation.log_likelihoods(model, [Question(ids[:5], [ids[5:]])])
+    assert score == pytest.approx(log_p[range(54), ids[5:]].sum().item(), abs=1e-3)
 
 
 def real_records(task, count):
@@ -179,6 +205,23 @@ def test_the_interval_is_wilsons():
     assert results.wilson(0, 0) == [0, 100]
 
 
+def test_a_summary_by_hand():
+    predictions = [{"label": label, "prediction": said, "prediction_norm": 1, "cut": label == 1}
+                   for label, said in ((0, 1), (0, 0), (0, None), (1, 1))]
+    summary = results.summarise(predictions, "cloze")
+    assert (summary["n"], summary["acc"], summary["acc_norm"]) == (4, 50, 25)
+    assert (summary["majority"], summary["unparsed"], summary["cut"]) == (75, 1, 1)  # majority: of the labels
+
+
+def test_the_mean_over_tasks_counts_each_task_once():
+    tasks = {"piqa": {"n": 10, "acc": 50, "interval": [40, 70], "majority": 50, "unparsed": 1, "cut": 2},
+             "boolq": {"n": 90, "acc": 90, "interval": [80, 95], "majority": 60, "unparsed": 0, "cut": 3}}
+    mean = results.mean_result(tasks, "label")
+    assert (mean["acc"], mean["majority"]) == (70, 55) and (mean["n"], mean["unparsed"], mean["cut"]) == (100, 1, 5)
+    assert mean["interval"] == pytest.approx([70 - math.hypot(10, 10) / 2, 70 + math.hypot(20, 5) / 2])
+    assert results.mean_result({"piqa": tasks["piqa"]}, "label")["interval"] == [40, 70]
+
+
 # --------------------------------------------------------------------------------------------- generation
 
 @pytest.mark.parametrize("write", [write_gpt2, write_llama])
@@ -202,6 +245,23 @@ def test_beam_search_equals_transformers(write, tmp_path):
             early += len(row) < 6
         assert found == [ours.beam_search([prompt], 6, stop)[0] for prompt in prompts]  # alone as in company
     assert early > 0
+
+
+def test_beam_search_among_few_tokens_equals_transformers(tmp_path):
+    """All tokens are likely: texts end at any rank, and what is never chosen would have been."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
+    vocab, new = 12, 12
+    base = write_gpt2(tmp_path / "base", vocab=vocab)
+    ours = Transformer.from_pretrained(base)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    prompts = [[1, 5, 7], [4] * 9, [8]]
+    for stop, never in itertools.product(range(vocab), ([], [2, 6])):
+        for prompt, row in zip(prompts, ours.beam_search(prompts, new, stop, never=never)):
+            with torch.no_grad():
+                expected = theirs.generate(torch.tensor([prompt]), num_beams=4, do_sample=False, max_new_tokens=new,
+                                           eos_token_id=stop, pad_token_id=0, suppress_tokens=never or None)
+            expected = expected[0, len(prompt):].tolist()
+            assert row == (expected[:expected.index(stop)] if stop in expected else expected)
 
 
 def test_a_beam_as_wide_as_the_vocabulary_searches_exhaustively(llama):
@@ -239,6 +299,21 @@ def test_generated_answers_do_not_depend_on_batching(beams, llama):
     together = evaluation.generate_answers(model, tokenizer, records, 512, beams, row_tokens=10**6)
     assert together == evaluation.generate_answers(model, tokenizer, records, 512, beams, row_tokens=1)
     assert together[::-1] == evaluation.generate_answers(model, tokenizer, records[::-1], 512, beams)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_is_what_beam_search_finds_up_to_the_end_of_text(beams, llama):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    records = load_records("piqa", "test", out=SAMPLE)[:2]
+    prompts = [scoring_questions(record, "label", tokenizer, 480)[0].prompt for record in records]
+    texts = model.beam_search(prompts, 32, None, beams)
+    missing = texts[0][0]  # a token that would be chosen, if the tokenizer had it
+    tokenizer.ids -= {missing}
+    tokenizer.eos = model.beam_search(prompts, 32, None, beams, [missing])[0][4]
+    expected = model.beam_search(prompts, 32, tokenizer.eos, beams, [missing])
+    assert min(map(len, expected)) < 32
+    answers = evaluation.generate_answers(model, tokenizer, records, 512, beams)
+    assert [answer["text"] for answer in answers] == [tokenizer.decode(new) for new in expected]
 
 
 @pytest.mark.parametrize("task, text, expected", [
@@ -340,6 +415,29 @@ def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
     (out / "predictions.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1: not a prediction"):
         program("--run", run, "--tasks", "boolq")
+
+
+def test_results_of_other_questions_are_never_mixed_in(run, tmp_path, capsys):
+    data = shutil.copytree(SAMPLE, tmp_path / "data")
+    flags = ["--run", str(run), "--tasks", "piqa", "--data", str(data)]
+    evaluation.main(flags)
+    file = data / "piqa" / "test.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)))  # as many
+    evaluation.main(flags)
+    assert "held another evaluation (piqa's records differ)" in capsys.readouterr().out
+    evaluation.main([*flags, "--max-len", "100"])
+    assert "held another evaluation (max_len differ)" in capsys.readouterr().out
+    evaluation.main([*flags, "--max-len", "100"])
+    assert "4 predictions were already in" in capsys.readouterr().out
+
+
+def test_questions_are_as_long_as_in_training_and_fit_into_the_context(llama, gpt2, tmp_path):
+    run = write_run(tmp_path / "run", llama, max_len=64)
+    assert program("--run", run, "--tasks", "boolq")["configuration"]["max_len"] == 64
+    for base, length in ((llama, 512), (gpt2, 256)):
+        summary = program("--init", base, "--tasks", "piqa", "--out", tmp_path / str(length))
+        assert summary["configuration"]["max_len"] == length
 
 
 def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
@@ -475,23 +573,56 @@ def test_seeds_are_joined(llama, tmp_path, capsys):
     assert second["difference"] == np.mean(accuracy[1]) - np.mean(accuracy[0]) and second["p"] is None
 
 
+def write_results(directory, hits, settings=None, backwards=False, **changed):
+    """An evaluation's results, of {task: whether each question is answered rightly}."""
+    directory.mkdir(parents=True)
+    configuration = {"base_sha256": "b", "dtype": "d", "protocol": "label", "split": "test", "beams": None, "limit": 0}
+    (directory / "results.json").write_text(json.dumps({
+        "configuration": configuration | changed, "settings": settings, "data": dict.fromkeys(hits, "x"),
+        "tasks": {task: results.summarise([], "label") | {"n": len(right)} for task, right in hits.items()}}))
+    lines = [json.dumps({"task": task, "index": i, "prediction": 0, "cut": False, "label": int(not hit)}) + "\n"
+             for task, right in hits.items() for i, hit in enumerate(right)]
+    (directory / "predictions.jsonl").write_text("".join(lines[::-1] if backwards else lines))
+    return directory
+
+
 def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
-    """100 questions of which the second run gets 20 more right, and the third the same."""
-    for name, right in (("a", 40), ("b", 60), ("c", 40)):
-        (tmp_path / name).mkdir()
-        configuration = {"base_sha256": "b", "dtype": "d", "protocol": "label", "split": "test", "beams": None, "limit": 0}
-        (tmp_path / name / "results.json").write_text(json.dumps({
-            "configuration": configuration, "settings": None, "data": {"piqa": "x"},
-            "tasks": {"piqa": results.summarise([], "label") | {"n": 100}}}))
-        predictions = [{"task": "piqa", "index": i, "label": int(i >= right), "scores": [0.0, -1.0], "prediction": 0,
-                        "prediction_norm": 0, "cut": False} for i in range(100)]
-        lines = "".join(json.dumps(prediction) + "\n" for prediction in reversed(predictions))
-        (tmp_path / name / "predictions.jsonl").write_text(lines)
-    result = program("--compare", *(tmp_path / name for name in "abc"), "--out", tmp_path / "table")
+    """100 questions of which the second run gets 20 more right, and the third the same; in any order of their lines."""
+    runs = [write_results(tmp_path / name, {"piqa": [i < right for i in range(100)]}, backwards=name == "b")
+            for name, right in (("a", 40), ("b", 60), ("c", 40))]
+    result = program("--compare", *runs, "--out", tmp_path / "table")
     first, better, same = result["rows"]["mean"]
     assert (first["accuracy"], better["difference"], same["difference"]) == (40, 20, 0)
     assert 10 < better["interval"][0] < 20 < better["interval"][1] < 30 and better["p"] == pytest.approx(2 / 2**20)
     assert same["interval"] == [0, 0] and same["p"] == 1
+
+
+def test_a_compared_mean_counts_each_task_once(tmp_path):
+    """20 points more in the larger of two tasks, and none in the other."""
+    runs = [write_results(tmp_path / name, {"piqa": [i < right for i in range(400)], "boolq": [True] * 10})
+            for name, right in (("a", 200), ("b", 280))]
+    first, second = program("--compare", *runs, "--out", tmp_path / "table")["rows"]["mean"]
+    assert (first["accuracy"], second["difference"]) == (75, 10)
+    assert 7 < second["interval"][0] < 10 < second["interval"][1] < 13
+
+
+def test_what_differs_between_the_seeds_of_a_method_is_a_warning(tmp_path):
+    right = {"piqa": [True] * 4}
+    a, b, c, d = (write_results(tmp_path / name, right, settings={"seed": seed, "lr": lr})
+                  for name, seed, lr in (("a", 1, 0.1), ("b", 2, 0.2), ("c", 1, 0.2), ("d", 2, 0.2)))
+    result = program("--compare", f"{a},{b}", f"{c},{d}", "--out", tmp_path / "table")
+    assert result["warnings"] == ["lr: 0.1, 0.2 / 0.2"] and result["compared"] == []
+
+
+def test_results_that_are_not_whole_or_of_other_beams_are_not_compared(tmp_path):
+    right = {"piqa": [True] * 4}
+    four, one = (write_results(tmp_path / str(beams), right, protocol="generate", beams=beams) for beams in (4, 1))
+    with pytest.raises(UserError, match="cannot be compared: their beams is 1 and 4"):
+        program("--compare", four, one)
+    file = write_results(tmp_path / "half", right) / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="half: predictions of piqa are missing; evaluate again"):
+        program("--compare", tmp_path / "half", four)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -530,12 +661,16 @@ def test_several_results_of_a_run_are_named(run):
 
 # ----------------------------------------------------------------------------------------------- the gates
 
-def test_gates_while_decoding_equal_those_of_one_forward(llama):
+@pytest.mark.parametrize("stops", [False, True])
+def test_gates_while_decoding_equal_those_of_one_forward(stops, llama):
     model, tokenizer = adapted(llama, dtype=torch.float64), load_tokenizer(llama)
     record = load_records("piqa", "test", out=SAMPLE)[0]
-    trace, = evaluation.trace_gates(model, tokenizer, [record], "cloze", 512)
     prompt = scoring_questions(record, "cloze", tokenizer, 512)[0].prompt
+    if stops:
+        tokenizer.eos = model.generate([prompt], 32)[0][5]
+    trace, = evaluation.trace_gates(model, tokenizer, [record], "cloze", 512)
     ids = prompt + model.generate([prompt], 32, tokenizer.eos)[0]
+    assert (len(ids) < len(prompt) + 32) == stops
     assert trace["prompt"] == len(prompt) and "".join(trace["tokens"]) == tokenizer.decode(ids)
     with torch.no_grad():
         model(torch.tensor([ids]))
@@ -545,9 +680,10 @@ def test_gates_while_decoding_equal_those_of_one_forward(llama):
 
 def test_gate_numbers_by_hand():
     names = ["blocks.0.attn.q_proj", "blocks.1.mlp.up_proj"]
-    traces = [{"prompt": 2, "cut": 0, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
+    traces = [{"prompt": 2, "cut": 3, "gates": torch.tensor([[0.5, 0.5, 1.0], [0.0, 0.0, 0.01]])}]
     numbers = evaluation.gate_numbers(traces, names)
     prompt, answer = numbers["prompt"], numbers["answer"]
+    assert (numbers["questions"], numbers["cut"]) == (1, 1)
     assert (prompt["tokens"], prompt["mean"], prompt["below_0.05"], prompt["entropy_bits"]) == (2, 0.25, 0.5, 0.5)
     assert (prompt["between_tokens"], answer["between_tokens"]) == (0, 0)  # each gate is the same on all its tokens
     mixed = evaluation.gate_numbers([{"prompt": 4, "cut": 0, "gates": torch.tensor([[0, 0.5, 0.5, 1], [0.5] * 4])}], names)
@@ -569,6 +705,16 @@ def test_gates_are_shown(gate, llama, tmp_path, capsys):
     page = (out / "gates.html").read_text()
     assert "http" not in page and "{{" not in page and "prefers-color-scheme: dark" in page
     assert "mean gate" in capsys.readouterr().out
+
+
+def test_gates_are_of_ten_questions_as_generation_reads_them(llama, tmp_path):
+    run, lines = write_run(tmp_path / "run", llama), (SAMPLE / "piqa" / "test.jsonl").read_text()
+    (tmp_path / "data" / "piqa").mkdir(parents=True)
+    (tmp_path / "data" / "piqa" / "test.jsonl").write_text(lines * 3)
+    evaluation.main(["--run", str(run), "--data", str(tmp_path / "data"), "--tasks", "piqa", "--gates",
+                     "--protocol", "generate"])
+    written = json.loads((run / "eval" / "best-gates-generate" / "gates.json").read_text())
+    assert written["form"] == "label" and written["gates"]["questions"] == 10
 
 
 def test_texts_in_the_page_are_harmless(tmp_path):
@@ -622,6 +768,15 @@ def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, 
     monkeypatch.setenv("NO_COLOR", "1")
     program("--run", run, "--prompt", "why")
     assert "\x1b" not in terminal.text and "[0." in terminal.text
+
+
+def test_a_long_prompt_loses_its_start_but_for_the_begin_of_text(llama, capsys):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    text, tokenizer.bos = "".join(map(chr, range(33, 120))), 7
+    for room, read in ((20, [7] + tokenizer.encode(text)[-19:]), (200, [7] + tokenizer.encode(text))):
+        answer = evaluation.show_decoding(model, tokenizer, text, room)["the base"]
+        assert answer == tokenizer.decode(model.generate([read], 32, tokenizer.eos)[0])
+        assert (f"lost its first {len(text) + 1 - room}" in capsys.readouterr().out) == (room == 20)
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -8,7 +8,7 @@ import torch
 from conftest import VOCAB, write_gguf, write_gpt2, write_llama
 from data.commonsense import Question, pack
 from data.files import UserError
-from model import Transformer, TransformerConfig, compile_blocks, load_tokenizer
+from model import KVCache, Transformer, TransformerConfig, compile_blocks, load_tokenizer
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=16)
@@ -33,6 +33,7 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, tmp_path):
     directory = CHECKPOINTS[kind](tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ours = Transformer.from_pretrained(directory)
+    assert not any(module.training for module in ours.modules())
     ids = torch.randint(0, VOCAB, (3, 60), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-5)
@@ -43,6 +44,14 @@ def test_logits_and_greedy_tokens_equal_transformers(kind, tmp_path):
             with torch.no_grad():
                 row = torch.cat((row, theirs(row).logits[:, -1:].argmax(-1)), 1)
         assert new == row[0, len(prompt):].tolist()
+
+
+def test_late_tokens_are_as_exact_as_early_ones_in_bfloat16(llama):
+    """bfloat16 counts 256, 258, 260, ...: angles computed in it would lose a late token's position."""
+    ids = torch.randint(0, VOCAB, (1, 500), generator=torch.Generator().manual_seed(1))
+    half, whole = (Transformer.from_pretrained(llama, dtype=dtype)(ids)[0] for dtype in (torch.bfloat16, torch.float32))
+    error = (half - whole).abs().mean(-1)
+    assert error[300:].mean() < 2 * error[:100].mean()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -137,7 +146,6 @@ def test_compiled_blocks_share_one_graph_and_follow_new_lengths(llama):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_selected_logits_and_cached_logits_equal_all_of_them(family, request):
-    from model import KVCache
     model = Transformer.from_pretrained(request.getfixturevalue(family), dtype=torch.float64)
     ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
     full = model(ids)
@@ -168,6 +176,40 @@ def test_generate_stops_and_refuses_what_has_no_room(gpt2):
         model.generate([[]], 3)
     with pytest.raises(ValueError, match="exceed the context"):
         model.generate([[1] * 250], 10)
+
+
+def test_generation_may_fill_the_context(gpt2):
+    model = Transformer.from_pretrained(gpt2)
+    prompt = [1] * (model.config.max_len - 6)
+    greedy, = model.generate([prompt], 6)
+    assert len(greedy) == 6 and model.beam_search([prompt], 6, beams=1) == [greedy]
+    for generate in (model.generate, model.beam_search):
+        with pytest.raises(ValueError, match="exceed the context"):
+            generate([prompt], 7)
+
+
+def test_what_does_not_fit_together_is_refused(gpt2):
+    model, ids = Transformer.from_pretrained(gpt2), torch.zeros(2, 3, dtype=torch.long)
+    cache, documents = KVCache(model.config, 1, 3, torch.float32, "cpu"), torch.tensor([[0, 1, 2]])
+    with pytest.raises(ValueError, match="documents pack one row"):
+        model(ids, documents=documents)
+    with pytest.raises(ValueError, match="documents pack one row"):
+        model(ids[:1], documents=documents, positions=documents, cache=cache)
+    with pytest.raises(ValueError, match="a cache needs positions"):
+        model(ids[:1], cache=cache)
+    long = torch.zeros(1, 257, dtype=torch.long)
+    with pytest.raises(ValueError, match="longer than the 256 positions"):
+        model(long)
+    with pytest.raises(ValueError, match="longer than the 256 positions"):
+        model(long, documents=torch.arange(257)[None])
+
+
+def test_of_all_tokens_but_one_that_one_is_generated(llama):
+    model = Transformer.from_pretrained(llama)
+    for token in (3, 200):
+        never = [other for other in range(VOCAB) if other != token]
+        for generate in (model.generate, model.beam_search):
+            assert generate([[1, 2], [9]], 3, never=never) == [[token] * 3] * 2
 
 
 @pytest.mark.parametrize("name, count", {

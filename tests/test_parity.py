@@ -590,8 +590,21 @@ def test_an_adapted_tied_head_is_written_untied(theirs, tmp_path):
     before = model(IDS)
     merge_adapters(model)
     save_pretrained(model, tmp_path / "merged", base)
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
     close(theirs(tmp_path / "merged")(IDS).logits, before)
     close(Transformer.from_pretrained(tmp_path / "merged", dtype=torch.float64)(IDS), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_config_of_a_written_model_is_that_of_its_weights(tied, theirs, tmp_path):
+    """Their dtype, whatever the source's was, and whether the head is the embedding."""
+    base = write_llama(tmp_path / "base", tied=tied, extra={"dtype": "bfloat16", "torch_dtype": "bfloat16"})
+    for source in (base, write_gguf(tmp_path / "tiny.gguf", base)):
+        model = Transformer.from_pretrained(source)
+        save_pretrained(model, tmp_path / "written", source)
+        written = theirs(tmp_path / "written", dtype="auto")
+        assert written.dtype == torch.float32 and written.config.tie_word_embeddings == tied
+        close(written(IDS).logits, model(IDS), 1e-5)
 
 
 def test_a_gguf_base_is_written_with_its_tokenizer(llama, theirs, tmp_path):

@@ -46,6 +46,11 @@ AS_TRANSFORMERS = {
     "linear rope_parameters": lambda d: edit(write_llama(d), rope_parameters=LINEAR | {"rope_theta": 500.0}),
     "llama3 without its original length": lambda d: edit(write_llama(d), max_position_embeddings=64, rope_scaling={
         name: value for name, value in ROPE.items() if name != "original_max_position_embeddings"}),
+    "another epsilon in a llama": lambda d: edit(write_llama(d), rms_norm_eps=0.1),
+    "another epsilon in a gpt2": lambda d: edit(write_gpt2(d), layer_norm_epsilon=0.1),
+    "a narrower mlp in a gpt2": lambda d: change_tensors(edit(write_gpt2(d), n_inner=48), lambda t: t.update({
+        name: (w[:48] if "c_proj.weight" in name else w[..., :48]).contiguous()
+        for name, w in t.items() if "mlp.c_fc" in name or name.endswith("mlp.c_proj.weight")})),
     "no rms_norm_eps": lambda d: edit(write_llama(d), ["rms_norm_eps"]),
     "no max_position_embeddings": lambda d: edit(write_llama(d), ["max_position_embeddings"]),
     "another head in a tied llama": lambda d: change_tensors(write_llama(d, tied=True), lambda t: t.update(
@@ -205,6 +210,29 @@ def test_a_linear_rope_in_a_gguf_file_is_computed(change, written, llama, theirs
     edit(llama, rope_scaling={"type": "linear", "factor": 4.0})
     close(ours(IDS), Transformer.from_pretrained(str(llama), dtype=torch.float64)(IDS))
     close(ours(IDS), theirs(llama)(IDS).logits)
+
+
+def test_every_size_in_a_gguf_file_is_read(written, llama):
+    """Those that the tiny Llama has by default, too: the same model in both layouts."""
+    write_llama(llama, head_dim=12, bias=True, extra={"rms_norm_eps": 0.125, "rope_theta": 500.0})
+    ours = Transformer.from_pretrained(written(lambda w: (w.add_key_length(12), w.add_value_length(12))))
+    assert ours.config == config_of(llama)
+    assert torch.equal(ours(IDS), Transformer.from_pretrained(str(llama))(IDS))
+
+
+def test_finished_divisors_in_a_gguf_file_are_computed(written, llama, theirs):  # noqa: F811
+    """llama.cpp's converter writes what Llama 3.1's recipe comes to: plain speeds over scaled ones."""
+    scaling = pytest.importorskip("transformers.modeling_rope_utils", reason="transformers is the oracle here")
+    edit(llama, rope_scaling=ROPE | {"original_max_position_embeddings": 64})
+    plain = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    divisors = plain / scaling.ROPE_INIT_FUNCTIONS["llama3"](theirs(llama).config, "cpu")[0]
+    assert divisors.min() < 1.01 and divisors.max() > 7.9
+    file = written(lambda w: w.add_tensor("rope_freqs.weight", divisors.numpy()))
+    close(Transformer.from_pretrained(file, dtype=torch.float64)(IDS), theirs(llama)(IDS).logits, 1e-5)
+    edit(llama, rope_scaling={"type": "linear", "factor": 6.0})  # divisors and a factor: both divide
+    file = written(lambda w: (w.add_tensor("rope_freqs.weight", torch.full((4,), 2.0).numpy()),
+                              w.add_rope_scaling_factor(3.0)), "both.gguf")
+    close(Transformer.from_pretrained(file, dtype=torch.float64)(IDS), theirs(llama)(IDS).logits, 1e-5)
 
 
 @pytest.mark.parametrize("change", [
