@@ -98,6 +98,13 @@ def test_bad_line_is_named(tmp_path, line, word):
     assert f"{file}, line 2: " in message and word in message and "\n" not in message
 
 
+@pytest.mark.parametrize("question, fine", [("Ann thanked Eve, as _ had won.", True), ("Ann had won.", False),
+                                            ("Ann thanked Eve, as _ had _.", False)])
+def test_a_winogrande_question_has_one_blank(question, fine):
+    record = {**GOOD, "task": "winogrande", "question": question}
+    assert prepare.record_problem("winogrande", record) == (None if fine else "a winogrande question needs one blank, '_'")
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         prepare.load_records("piqa", "train", tmp_path)
