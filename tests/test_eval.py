@@ -795,6 +795,7 @@ def test_the_val_slice_is_the_same_for_everybody_and_has_no_twin_in_training():
     assert {r["question"] for r in training + val} == {r["question"] for r in records}
     assert len(training) == sum(record not in val for record in records)
     assert [len(hold_out(records[:n])[1]) for n in (1, 6, 10, 11, 1999, 3000)] == [1, 1, 1, 2, 200, 200]
+    assert 60 < sum(int(record["question"]) < 1500 for record in hold_out(records[:3000])[1]) < 140  # from all over
     assert count_repeated(records) == 2000 and count_repeated(records[:3000]) == 0
 
 

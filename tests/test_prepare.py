@@ -99,6 +99,14 @@ def test_bad_line_is_named(tmp_path, line, word):
     assert f"{file}, line 2: " in message and word in message and "\n" not in message
 
 
+@pytest.mark.parametrize("question, fine", [("Ann thanked Eve, as _ had won.", True), ("Ann had won.", False),
+                                            ("Ann thanked Eve, as _ had _.", False)])
+def test_a_winogrande_question_has_one_blank(question, fine):
+    record = {**GOOD, "task": "winogrande", "question": question}
+    problem = None if fine else "a winogrande question needs one blank, '_'"
+    assert prepare.record_problem("winogrande", record) == problem
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(UserError, match="not found; expected records"):
         prepare.load_records("piqa", "train", tmp_path)

@@ -498,6 +498,14 @@ def test_more_steps_are_allowed_and_told(stopped, capsys):
     assert lines[3]["lr"] == pytest.approx(0.01 * 14 / 18) and json.loads((stopped / "config.json").read_text())["steps"] == 20
 
 
+def test_what_a_killed_process_left_half_written_is_removed(stopped):
+    halves = [stopped / ".state.safetensors.1.tmp", stopped / "best" / ".adapter.safetensors.1.tmp"]
+    for half in halves:
+        half.write_text("half")
+    train.main(["--resume", str(stopped)])
+    assert not any(half.exists() for half in halves)
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["training", "validation"])
 def test_other_records_are_refused(part, stopped, tmp_path):
     for task in ("piqa", "ARC-Easy"):
