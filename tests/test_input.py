@@ -306,7 +306,7 @@ CASES = [
     ("eval", "--run run", "alpha", change("run/best/adapter.json", alpha=10**400)),
     ("eval", "--run run", "run/best/adapter.json: unknown fields colour", change("run/best/adapter.json", colour=1)),
     ("eval", "--run run", "run/config.json: not valid JSON", write("run/config.json", "{")),
-    ("eval", "--run run", "run/config.json: not the config.json of a run", change("run/config.json", config=[])),
+    ("eval", "--run run", "run/config.json: not the config.json of a run: its config cannot be", change("run/config.json", config=[])),
 ]
 
 

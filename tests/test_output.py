@@ -635,7 +635,7 @@ def test_metrics_that_were_cut_short_are_drawn(place):
 
 
 @pytest.mark.parametrize("settings", [{"form": "poem"}, {"form": None}, {"max_len": True}, {"max_len": -3}, {"max_len": "512"},
-                                      {"data": 3}, {"data": ["data"]}, {"tasks": ["piqa"]}, {"init": {}}])
+                                      {"data": 3}, {"data": ["data"]}, {"data": "\ud800"}, {"tasks": ["piqa"]}, {"init": {}}])
 def test_settings_of_a_wrong_type_are_one_line(settings, place):
     facts = json.loads(Path("run/config.json").read_text())
     set_fields("run/config.json", config=facts["config"] | settings)

@@ -312,7 +312,7 @@ def test_what_no_flag_may_change_is_refused_if_it_was_edited(stopped):
         assert_refused(stopped, match=f"config.json: {name} is .*, was .* when")
 
 
-WRONG = [None, [], {}, 10**400, -1, "x", True, 1.5, math.nan, "\0"]
+WRONG = [None, [], {}, 10**400, -1, "x", True, 1.5, math.nan, "\0", "\ud800"]
 
 
 @pytest.mark.parametrize("saved", [True, False])
