@@ -124,7 +124,7 @@ def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
     given, wrong = read_flags(Config, argv, __doc__, CHOICES)
     changed = {name for name in given if name in MAY_CHANGE}
-    recorded = read_settings(Path(given["resume"]), Config, changed, MAY_CHANGE) if "resume" in given else {}
+    recorded = read_settings(Path(given["resume"]), Config, changed) if "resume" in given else {}
     wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
               if name not in MAY_CHANGE and given.get(name, value) != value]
     if recorded and "out" in given:

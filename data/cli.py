@@ -3,7 +3,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import os
 import re
 import resource
 import sys
@@ -11,7 +10,7 @@ import time
 
 import torch
 
-from data.files import UserError, first_line, is_panic
+from data.files import UserError, first_line, is_panic, is_text
 
 
 def flag(name: str) -> str:
@@ -59,7 +58,7 @@ def read_flags(settings: type, argv: list[str], description: str, choices: dict 
             if kind is int and abs(value) >= 2**63:
                 expected = "a whole number below 2^63"
                 raise ValueError
-            if b"\0" in os.fsencode(str(text)):  # in no name of a file; fsencode raises ValueError for half of a character
+            if not is_text(str(text)):
                 raise ValueError
             if name in choices and value not in choices[name]:
                 expected = f"one of {', '.join(choices[name])}"

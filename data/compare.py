@@ -7,7 +7,8 @@ import numpy as np
 
 from data.cli import flag
 from data.files import UserError, read_json
-from data.results import check_results, correct, read_predictions, results_name, run_facts
+from data.results import check_results, correct, read_predictions, results_name
+from data.resume import read_facts
 
 
 def runs_of(group: str) -> list[str]:
@@ -22,7 +23,7 @@ def find_results(run: str, c) -> Path:
     directory = Path(run)
     if (directory / "predictions.jsonl").exists():
         return directory
-    protocol = c.protocol or run_facts(directory / "config.json").get("config", {}).get("form", "cloze")
+    protocol = c.protocol or read_facts(directory / "config.json").get("config", {}).get("form", "cloze")
     chosen = directory / "eval" / results_name(c.adapter, protocol, c)
     if (chosen / "predictions.jsonl").exists():
         return chosen

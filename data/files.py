@@ -23,6 +23,15 @@ def is_number(value, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
+def is_text(value) -> bool:
+    """Whether `value`, which may come from a file or a flag and be anything, is a text that could name a file: without
+    half of a character, which no encoding has, and without \\0."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except ValueError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------ reading
 
 
@@ -68,7 +77,8 @@ def parse_json(content: bytes, where) -> object:
 
 
 def expect_file(path: Path, hint: str = "") -> None:
-    """UserError for no file, for a directory, and for a pipe, which would be waited for without end; hint: its end."""
+    """UserError for no file, for a directory, and for a pipe, which would be waited for without end. hint: what
+    its message ends with."""
     if not path.is_file():
         raise UserError(f"{path}: {'not a file' if path.exists() else 'not found'}{hint}")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from data.commonsense import FORMS
-from data.files import UserError, is_number, parse_json, read_file, read_json, write_json
+from data.files import UserError, is_number, parse_json, read_file, write_json
 from data.output import claimed, read_ours, set_aside
 from data.prepare import DEFAULT
+from data.resume import read_facts
 
 EVALUATION = ("results.json", "predictions.jsonl")
 
@@ -183,25 +184,13 @@ def read_predictions(directory: Path, results: dict) -> tuple[dict[str, dict[int
 
 # ---------------------------------------------------------------------------------- finding runs and results
 
-def run_facts(file: Path) -> dict:
-    """What the config.json of a run says, {} if there is none; every setting that eval.py follows is checked."""
-    facts = read_json(file) if file.exists() else {}
-    settings = facts.get("config", {})
-    kinds = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}
-    if not (isinstance(settings, dict) and all(type(settings.get(name, kind())) is kind for name, kind in kinds.items())
-            and settings.get("form", FORMS[0]) in FORMS and settings.get("max_len", 16) >= 16
-            and isinstance(facts.get("base_sha256", ""), str)):
-        raise UserError(f"{file}: not the config.json of a run")
-    return facts
-
-
 def find_run(c) -> tuple[Path, dict]:
     """(The directory of the adapter, the run's config.json) of --run, which may also name one of a run's adapters.
     c: the flags of eval.py."""
     run = Path(c.run)
     if not run.is_dir():
         raise UserError(f"{run}: no such directory")
-    facts = run_facts(run / "config.json" if (run / "config.json").exists() else run.parent / "config.json")
+    facts = read_facts(run / "config.json" if (run / "config.json").exists() else run.parent / "config.json")
     files = "adapter.safetensors", "adapter_config.json"  # ours, peft's
     found = [directory for directory in (run / c.adapter, run) if any((directory / name).exists() for name in files)]
     if not found:

@@ -8,7 +8,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from data.files import UserError, is_number, listed, read_info, read_json, unwritable
+from data.commonsense import FORMS
+from data.files import UserError, is_number, is_text, listed, read_info, read_json, unwritable
 
 ADAPTERS = ("best", "last")
 FILES = ("config.json", "metrics.jsonl", "state.safetensors", "training.json",
@@ -17,6 +18,7 @@ FILES = ("config.json", "metrics.jsonl", "state.safetensors", "training.json",
 FIXED = {"adapter": dict, "dtype": str, "data_sha256": str, "base_sha256": str, "base_parameters": int,
          "trainable_parameters": int}
 FACTS = FIXED | {"config": dict, "steps": int, "processes": int, "device": str, "torch": str, "python": str}
+FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}  # settings that eval.py takes from there
 
 
 # ------------------------------------------------------------------------------------------------ the directory
@@ -62,16 +64,18 @@ def unusable(directory: Path) -> str | None:
 
 # ----------------------------------------------------------------------------------- settings and the checkpoint
 
-def read_facts(directory: Path) -> dict:
-    """The config.json of the run in a directory; UserError if there is no run."""
-    if problem := misplaced(directory):
-        raise UserError(f"--resume {problem}")
-    if not is_run(directory):
-        raise UserError(f"--resume {directory}: there is no run; expected a directory with the config.json of one")
-    facts = read_json(directory / "config.json")
-    if wrong := [f"{name} {value!r:.40}" for name, value in facts.items()
-                 if name in FACTS and type(value) is not FACTS[name]]:
-        raise UserError(f"{directory / 'config.json'}: {', '.join(wrong)}: not what train.py writes; copy it again")
+def read_facts(file: Path) -> dict:
+    """What the config.json of a run says, {} if there is none. UserError for values that train.py writes for nothing; of
+    settings, those are checked that eval.py follows. A field may be missing: an adapter's config.json may be short."""
+    facts = read_json(file) if file.exists() else {}
+    wrong = [name for name, kind in FACTS.items() if name in facts and not fits(facts[name], kind)]
+    if not wrong:
+        settings = facts.get("config", {})
+        wrong = [name for name, kind in FOLLOWED.items() if name in settings and not fits(settings[name], kind)]
+        if not wrong and (settings.get("form", FORMS[0]) not in FORMS or settings.get("max_len", 16) < 16):
+            wrong = ["form and max_len"]
+    if wrong:
+        raise UserError(f"{file}: not the config.json of a run: its {' and '.join(wrong)} cannot be what train.py wrote")
     return facts
 
 
@@ -97,12 +101,18 @@ def saved_info(directory: Path) -> dict:
     return parse_info(read_info(file), directory) if file.exists() else {}
 
 
-def read_settings(directory: Path, settings: type, changed: set[str], may_change: tuple[str, ...]) -> dict:
+def read_settings(directory: Path, settings: type, changed: set[str]) -> dict:
     """The settings of the run in a directory, fields of the dataclass `settings`. Its dtype is no longer "auto": what
     that meant, it has to mean again. UserError names what is no value of a setting, and what is not as it was when the
-    checkpoint was saved, other than those that may change: `changed` get another value anyway, and the checkpoint, which
-    is written first, has the newest of the rest."""
-    facts, saved = read_facts(directory), saved_info(directory)
+    checkpoint was saved; `changed` are those that get another value anyway."""
+    if problem := misplaced(directory):
+        raise UserError(f"--resume {problem}")
+    facts = read_facts(directory / "config.json")
+    if not is_run(directory):
+        raise UserError(f"--resume {directory}: there is no run; expected a directory with the config.json of one")
+    saved = saved_info(directory)
+    if saved and facts == saved.get("earlier"):  # A kill came between the checkpoint, written first, and config.json.
+        facts = saved["facts"]
     kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     values = {name: value for name, value in facts["config"].items() if name in kinds}
     words = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
@@ -110,7 +120,6 @@ def read_settings(directory: Path, settings: type, changed: set[str], may_change
              if not fits(value, kinds[name])]
     if saved and not wrong:
         before = saved["facts"]
-        values |= {name: before["config"][name] for name in may_change if name in values and name in before["config"]}
         wrong = (differences(values, before["config"], kinds.keys() - {"resume", "out", "dtype", *changed})
                  + differences(facts, before, FIXED))
     if wrong:
@@ -120,10 +129,10 @@ def read_settings(directory: Path, settings: type, changed: set[str], may_change
 
 
 def fits(value, kind: type) -> bool:
-    """Whether a value from a file is one of a setting of this kind."""
+    """Whether a value from a file is one of a field of this kind."""
     if kind is float:
         return is_number(value, -math.inf, math.inf)
-    return type(value) is kind and not (kind is str and "\0" in value)
+    return type(value) is kind and (kind is not str or is_text(value))
 
 
 def differences(now: dict, before: dict, names) -> list[str]:

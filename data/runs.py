@@ -100,7 +100,8 @@ class Run:
         if not self.is_writer or self.results:
             return
         if info and info["facts"] != self.facts:  # The checkpoint learns of new settings before config.json has them.
-            write_tensors(self.checkpoint, tensors, json.dumps(info | {"facts": self.facts}))
+            earlier = read_json(self.directory / "config.json")
+            write_tensors(self.checkpoint, tensors, json.dumps(info | {"facts": self.facts, "earlier": earlier}))
         (self.directory / "training.json").unlink(missing_ok=True)  # of other settings
         self.metrics.truncate(self.whole_lines(info.get("metrics", 0)))  # lines of steps that were not saved come again
         self.write("config.json", self.facts)

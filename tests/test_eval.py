@@ -144,8 +144,9 @@ def test_scores_of_all_tasks_equal_transformers(write, tmp_path):
 
 def test_log_p_of_a_bfloat16_model_is_summed_in_float32(llama):
     model, ids = Transformer.from_pretrained(llama, dtype=torch.bfloat16), torch.arange(1, 60).tolist()
-    with torch.no_grad():
-        log_p = model(torch.tensor([ids])).float().log_softmax(-1)[0, 4:-1]
+    with torch.no_grad():  # as one document: its attention is in float32 on a CPU
+        logits = model(torch.tensor([ids]), documents=torch.arange(59)[None])
+        log_p = logits.float().log_softmax(-1)[0, 4:-1]
     (score,), = evaluation.log_likelihoods(model, [Question(ids[:5], [ids[5:]])])
     assert score == pytest.approx(log_p[range(54), ids[5:]].sum().item(), abs=1e-3)
 
@@ -580,7 +581,8 @@ def write_results(directory, hits, settings=None, backwards=False, **changed):
     (directory / "results.json").write_text(json.dumps({
         "configuration": configuration | changed, "settings": settings, "data": dict.fromkeys(hits, "x"),
         "tasks": {task: results.summarise([], "label") | {"n": len(right)} for task, right in hits.items()}}))
-    lines = [json.dumps({"task": task, "index": i, "prediction": 0, "cut": False, "label": int(not hit)}) + "\n"
+    lines = [json.dumps({"task": task, "index": i, "scores": [0.0, -1.0], "prediction": 0, "prediction_norm": 0, "cut": False,
+                         "label": int(not hit)}) + "\n"
              for task, right in hits.items() for i, hit in enumerate(right)]
     (directory / "predictions.jsonl").write_text("".join(lines[::-1] if backwards else lines))
     return directory

@@ -172,12 +172,12 @@ CASES = [
     ("train", "--lr inf", "--lr inf: expected"),
     ("train", "--lr 0", "--lr 0.0: expected a number above 0"),
     ("train", "--lr -inf", "--lr -inf: expected a number above 0"),
-    ("train", "--gate-lr inf", "--gate-lr inf: expected a finite number"),
+    ("train", "--gate-lr inf", "--gate-lr inf: expected a number from 0 to 1e12"),
     ("train", "--alpha -1", "alpha -1.0: expected a positive number"),
     ("train", "--alpha nan", "alpha nan: expected a positive number"),
     ("train", "--dropout 1.5", "dropout 1.5: expected a number from 0"),
-    ("train", "--batch 0", "--batch 0: expected a finite number, 1 or more"),
-    ("train", "--micro-batch -1 --epochs 0", "--epochs 0: expected a finite number, 1 or more; --micro-batch -1: expected a finite number, 0 or more"),
+    ("train", "--batch 0", "--batch 0: expected a number from 1 to 1e12"),
+    ("train", "--micro-batch -1 --epochs 0", "--epochs 0: expected a number from 1 to 1e12; --micro-batch -1: expected a number from 0 to 1e12"),
     ("train", "--seed -1", "--seed -1: expected a whole number from 0"),
     ("train", "--clip nan", "--clip nan: expected"),
     ("train", "--warmup 99999", "--warmup 99999: expected less than the"),
@@ -306,7 +306,7 @@ CASES = [
     ("eval", "--run run", "alpha", change("run/best/adapter.json", alpha=10**400)),
     ("eval", "--run run", "run/best/adapter.json: unknown fields colour", change("run/best/adapter.json", colour=1)),
     ("eval", "--run run", "run/config.json: not valid JSON", write("run/config.json", "{")),
-    ("eval", "--run run", "run/config.json: not the config.json of a run", change("run/config.json", config=[])),
+    ("eval", "--run run", "run/config.json: not the config.json of a run: its config cannot be", change("run/config.json", config=[])),
 ]
 
 
