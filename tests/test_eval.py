@@ -581,8 +581,8 @@ def write_results(directory, hits, settings=None, backwards=False, **changed):
     (directory / "results.json").write_text(json.dumps({
         "configuration": configuration | changed, "settings": settings, "data": dict.fromkeys(hits, "x"),
         "tasks": {task: results.summarise([], "label") | {"n": len(right)} for task, right in hits.items()}}))
-    lines = [json.dumps({"task": task, "index": i, "scores": [0.0, -1.0], "prediction": 0, "prediction_norm": 0, "cut": False,
-                         "label": int(not hit)}) + "\n"
+    said = {"text": "", "scores": [0.0, -1.0], "prediction": 0, "prediction_norm": 0, "cut": False}
+    lines = [json.dumps({"task": task, "index": i, "label": int(not hit)} | said) + "\n"
              for task, right in hits.items() for i, hit in enumerate(right)]
     (directory / "predictions.jsonl").write_text("".join(lines[::-1] if backwards else lines))
     return directory
@@ -623,7 +623,7 @@ def test_results_that_are_not_whole_or_of_other_beams_are_not_compared(tmp_path)
         program("--compare", four, one)
     file = write_results(tmp_path / "half", right) / "predictions.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(UserError, match="half: predictions of piqa are missing; evaluate again"):
+    with pytest.raises(UserError, match="half.predictions.jsonl: not all predictions of piqa"):
         program("--compare", tmp_path / "half", four)
 
 

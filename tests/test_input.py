@@ -516,9 +516,9 @@ def test_no_pattern_of_ours_takes_long_for_any_text(name):
             started = time.perf_counter()
             OURS[name](text)
             took.append(time.perf_counter() - started)
-            if took[-1] < 0.05:
+            if took[-1] < 0.2:
                 break
-        assert min(took) < 0.05, (piece, took)
+        assert min(took) < 0.2, (piece, took)
 
 
 # --------------------------------------------------------------------------------------------------- the fuzzer
