@@ -18,7 +18,8 @@ FILES = ("config.json", "metrics.jsonl", "state.safetensors", "training.json",
 FIXED = {"adapter": dict, "dtype": str, "data_sha256": str, "base_sha256": str, "base_parameters": int,
          "trainable_parameters": int}
 FACTS = FIXED | {"config": dict, "steps": int, "processes": int, "device": str, "torch": str, "python": str}
-FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}  # settings that eval.py takes from there
+# The settings that eval.py takes from there.
+FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}
 
 
 # ------------------------------------------------------------------------------------------------ the directory
