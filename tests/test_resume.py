@@ -269,8 +269,8 @@ def test_other_settings_are_refused_by_name(stopped, capsys):
         with pytest.raises(UserError, match="there is no run"):
             train.main(["--resume", str(nothing)])
     config, facts = stopped / "config.json", json.loads((stopped / "config.json").read_text())
-    config.write_text(json.dumps(facts | {"dtype": "torch.int8", "config": facts["config"] | {"form": "poem"}}))
-    with pytest.raises(UserError, match="form is 'poem', was 'cloze'.*; dtype is 'torch.int8', was 'torch.float32'"):
+    config.write_text(json.dumps(facts | {"dtype": "torch.int8", "config": facts["config"] | {"form": "label"}}))
+    with pytest.raises(UserError, match="form is 'label', was 'cloze'.*; dtype is 'torch.int8', was 'torch.float32'"):
         train.main(["--resume", str(stopped)])
     config.write_bytes(before[config])
     assert before == {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
