@@ -147,6 +147,8 @@ def check(c: Config) -> list[str]:
          f"--gate {c.gate}: expected token with --peft gatera, which is hira with that gate; or use --peft hira"),
         (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
         (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
+        (c.gate == "none" or "head" not in c.targets.split(","),
+         f"--targets {c.targets}: the head sees answer tokens alone, gates learn from all; use --gate none or no head"),
         (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
         (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
         (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),

@@ -18,7 +18,8 @@ FILES = ("config.json", "metrics.jsonl", "state.safetensors", "training.json",
 FIXED = {"adapter": dict, "dtype": str, "data_sha256": str, "base_sha256": str, "base_parameters": int,
          "trainable_parameters": int}
 FACTS = FIXED | {"config": dict, "steps": int, "processes": int, "device": str, "torch": str, "python": str}
-FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}  # settings that eval.py takes from there
+# The settings that eval.py takes from there.
+FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}
 
 
 # ------------------------------------------------------------------------------------------------ the directory
@@ -73,7 +74,7 @@ def read_facts(file: Path) -> dict:
         settings = facts.get("config", {})
         wrong = [name for name, kind in FOLLOWED.items() if name in settings and not fits(settings[name], kind)]
         if not wrong and (settings.get("form", FORMS[0]) not in FORMS or settings.get("max_len", 16) < 16):
-            wrong = ["form and max_len"]
+            wrong = ["form or max_len"]
     if wrong:
         raise UserError(f"{file}: not the config.json of a run: its {' and '.join(wrong)} cannot be what train.py wrote")
     return facts
