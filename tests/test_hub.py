@@ -422,7 +422,7 @@ def test_a_program_that_fetches_a_model_says_no_more_than_needed(hub):
     command = [sys.executable, "eval.py", "--init", "some/model", "--data", "data/sample", "--tasks", "piqa",
                "--limit", "1", "--device", "cpu", "--out", str(hub.place.parents[3] / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0 and "some/model, cloze, 1 questions" in done.stdout, done.stderr
+    assert done.returncode == 0 and "some/model in " in done.stdout, done.stderr
     assert all(line.startswith("Fetching") for line in done.stderr.splitlines() if line)  # progress
 
 
