@@ -327,7 +327,7 @@ def start(run: Run, facts: dict, c: Config, model, optimizer, scaler, team: Team
     may have got another number of steps meanwhile, which is told."""
     for p in adapter_state(model).values():  # as AdamW's first step would
         zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device), **zeros}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
     tensors, info = run.begin(facts, bool(c.resume), checkpoint(model, optimizer))
     if info:
         if info["best"] < math.inf:
