@@ -414,9 +414,10 @@ def starting(args):
 ANSWER_TOKENS = 10  # about as many as an answer has, in either form
 
 
-def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len: int, dtype: torch.dtype) -> int:
+def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len: int, dtype: torch.dtype,
+                      cuda: bool = False) -> int:
     """Bytes that the forward of one record of max_len tokens keeps for its backward. They are counted in a real forward
-    of fake tensors, which have shapes and no memory."""
+    of fake tensors, which have shapes and no memory. cuda: by the rules of its autocast, which runs norms in float32."""
     storages = {}
 
     def count(tensor):
@@ -427,8 +428,11 @@ def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model = Transformer(config)
         for module in model.modules():  # fake tensors know no model.to(dtype)
+            in_float32 = cuda and isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
             for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
+                setattr(module, name, torch.nn.Parameter(p.to(torch.float32 if in_float32 else dtype)))
+            if in_float32:
+                module.register_forward_pre_hook(lambda norm, inputs: (inputs[0].float(),))
         inject_adapters(model, adapter)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -452,7 +456,8 @@ def memory(args, method):
     ends = base - config.n_layer * block              # what is before and after the blocks
     training = 4 * sum(p.nbytes for p in trainable)   # values, gradients and AdamW's two moments
     # what a record's forward keeps,
-    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), adapter, args.max_len, args.dtype)
+    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), adapter, args.max_len, args.dtype,
+                                  cuda=args.device.startswith("cuda") and args.dtype != torch.float32)
                 for n in (1, 2))
     of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
