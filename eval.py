@@ -53,7 +53,7 @@ from model import Transformer, load_tokenizer
 
 PROTOCOLS = (*FORMS, "generate")
 NEW_TOKENS = 32  # of a generated answer
-RULES = 2  # by which predictions are made; other ones are never mixed. Since 2, acc_norm counts all of a choice's spaces
+RULES = 2  # the version of how answers are made and scored: predictions of another are never mixed with these
 
 
 # ----------------------------------------------------------------------------------------------- scoring

@@ -127,8 +127,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def cpu_dtype() -> str:
-    """bfloat16 on a CPU that multiplies matrices in it (AVX512-BF16, AMX), several times quicker than in float32, which is
-    the dtype for all others: they only imitate it, some a thousand times slower. What counts is timed, in milliseconds."""
+    """bfloat16 on a CPU that multiplies matrices in it (AVX512-BF16, AMX) and is several times quicker so, float32 on all
+    others, which imitate bfloat16, some a thousand times slower. A product in each is timed, which takes milliseconds."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, W, times = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []

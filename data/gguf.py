@@ -132,7 +132,7 @@ def parse_gguf(path: Path, changed: int):
         """gguf's, which reads on past a file's end: a damaged length would keep it busy until the memory is full."""
 
         def _get(self, offset, dtype, count=1, override_order=None):
-            self.data = np.asarray(self.data)  # a memmap until now, whose slices take three times as long
+            self.data = np.asarray(self.data)  # not as a memmap, whose slices take three times as long
             found = GGUFReader._get(self, offset, dtype, count, override_order)
             if not found.size and count:
                 raise ValueError(f"there is nothing at byte {offset}, where {count} values should be")

@@ -66,8 +66,8 @@ def renewed(out: Path, names: list[str], about: dict, same: tuple[str, ...]):
     about = about | {"files": names}
     with claimed(out, names):
         old = read_ours(out / names[0], about.keys())
-        fits = old is not None and all(old[name] == about[name] for name in same) and isinstance(old["files"], list)
-        foreign = [name for name in names if not (fits and name in old["files"]) and (out / name).exists()]
+        is_same = old is not None and all(old[name] == about[name] for name in same) and isinstance(old["files"], list)
+        foreign = [name for name in names if not (is_same and name in old["files"]) and (out / name).exists()]
         if foreign:
             set_aside(out, [name for name in names if name in foreign], "files of something else")
         write_json(out / names[0], about)

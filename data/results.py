@@ -109,7 +109,7 @@ def earlier_predictions(out: Path, summary: dict, sizes: dict[str, int]) -> dict
     return found
 
 
-NO_DIGEST = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # of evaluations before there was one
+NO_DIGEST = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}  # of a results.json without one
 AGAIN = "move it and the file beside it away, and evaluate again"
 
 

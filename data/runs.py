@@ -90,7 +90,7 @@ class Run:
     def earlier_results(self, info: dict) -> dict | None:
         """What training.json says of a run in which nothing is left to do; None if something is."""
         has_all_steps = info["step"] == self.facts["steps"]
-        if has_all_steps and info["facts"]["config"].get("test") == self.facts["config"]["test"]:
+        if has_all_steps and self.facts["config"]["test"] in (0, info["facts"]["config"].get("test")):
             with suppress(UserError):  # Those that are missing or damaged are made again.
                 results = read_json(self.directory / "training.json")
                 return results if results.get("steps") == info["step"] else None
