@@ -333,9 +333,11 @@ def test_values_of_another_type_are_refused_in_one_line(saved, stopped):
     assert refused > len(changed) * (0.85 if saved else 0.7)
 
 
-def test_a_change_of_settings_survives_a_crash(stopped):
-    """A run that got more steps and is killed before it saves: config.json and the checkpoint agree about them."""
-    process = PROCESSES.Process(target=killed_writing, args=("adapter.safetensors", ["--resume", str(stopped), "--max-steps", "20"]))
+@pytest.mark.parametrize("file", ["adapter.safetensors", "config.json"])
+def test_a_change_of_settings_survives_a_crash(file, stopped):
+    """A run that got more steps and is killed before it saves again, or between the checkpoint, which has learnt of them,
+    and config.json."""
+    process = PROCESSES.Process(target=killed_writing, args=(file, ["--resume", str(stopped), "--max-steps", "20"]))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -375,8 +377,7 @@ def test_a_run_that_has_ended_is_not_scored_again(llama, tmp_path, monkeypatch, 
     assert train.main(["--resume", str(tmp_path / "run"), "--max-steps", "10"]) == results
     out = capsys.readouterr().out
     assert f"the run in {tmp_path / 'run'} had ended, nothing is left to do" in out and json.dumps(results) in out
-    same_files = [path for path in before if path.name not in ("config.json", "state.safetensors")]  # they name --resume's dtype
-    assert all(path.read_bytes() == before[path] for path in same_files)
+    assert contents(tmp_path / "run") == before
     monkeypatch.setattr(train, "evaluate", evaluate)
     (tmp_path / "run" / "training.json").write_text("{")
     for more in ([], ["--test", "2"]):  # results that are damaged, or wanted of another number of questions
@@ -386,6 +387,23 @@ def test_a_run_that_has_ended_is_not_scored_again(llama, tmp_path, monkeypatch, 
         train.main(["--resume", str(tmp_path / "run"), "--test", "1"])
     assert not (tmp_path / "run" / "training.json").exists()
     assert train.main(["--resume", str(tmp_path / "run"), "--max-steps", "12", "--test", "0"])["steps"] == 12
+
+
+def test_best_is_never_of_steps_that_were_given_up(llama, tmp_path, monkeypatch):
+    """Killed behind the validation of step 5 and resumed to end there, best/ and its loss are of the same step."""
+    class Killed(BaseException):
+        pass
+
+    def killed():
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        fault_at(patch, 7, killed)
+        train.main(flags(llama, tmp_path / "run", "--save-every", "100"))
+    with pytest.raises(UserError, match="6 steps are done already, more than the 5 wanted"):
+        train.main(["--resume", str(tmp_path / "run"), "--max-steps", "5"])
+    results = train.main(["--resume", str(tmp_path / "run"), "--max-steps", "7"])
+    losses = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    assert results["best_validation_loss"] == min(losses) and len(losses) == 3
 
 
 def changed_info(info, **changes):
