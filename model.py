@@ -161,7 +161,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     (B, T, K, S): H / K query heads share a key/value head (arXiv 2305.13245). Returns (B, T, H, S)."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                  # (B, heads, T, S)
     shared = q.shape[1] // k.shape[1]
-    if shared > 1 and q.is_cuda and not (mask is None and q.element_size() == 2 and is_ampere(q.device)):
+    if shared > 1 and q.device.type != "cpu" and not (mask is None and q.element_size() == 2 and is_ampere(q.device)):
         k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
     return y.transpose(1, 2)
@@ -170,7 +170,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 def is_ampere(device: torch.device) -> bool:
     """Whether flash attention runs there, the only quick kernel on GPUs that knows shared heads. It takes half precision
     and no mask; the others would compute the whole matrix of scores first."""
-    return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 class Trees:
@@ -390,7 +390,7 @@ class Transformer(nn.Module):
         if beams < 1:
             raise ValueError(f"beams {beams}: expected 1 or more")
         ids, lengths, last, positions, cache = self._start(prompts, max_new_tokens)
-        P, V, shortest = len(prompts), self.config.vocab_size, int(lengths.min())
+        P, V, shortest = len(prompts), self.config.vocab_size, min(map(len, prompts))
         rows = torch.arange(P * beams, device=ids.device)
         sums = torch.full((P, beams), -math.inf, device=ids.device)
         sums[:, 0] = 0                                    # at first there is one open text, the empty one
@@ -439,15 +439,15 @@ class Transformer(nn.Module):
             raise ValueError("generation needs at least one prompt, each with at least one token")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens {max_new_tokens}: expected 0 or more")
-        device, lengths = self.embed.weight.device, torch.tensor([len(p) for p in prompts])
-        total = int(lengths.max()) + max_new_tokens
+        device, longest = self.embed.weight.device, max(map(len, prompts))
+        total = longest + max_new_tokens
         if total > self.config.max_len:
-            raise ValueError(f"{int(lengths.max())} prompt and {max_new_tokens} new tokens exceed the context of "
+            raise ValueError(f"{longest} prompt and {max_new_tokens} new tokens exceed the context of "
                              f"{self.config.max_len}")
         # Rows are padded on the right. A pad's key sits in a slot that no real token sees until a generated
         # token has overwritten it, so neither masks nor positions know of padding.
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)
-        lengths = lengths.to(device)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
         cache = KVCache(self.config, len(prompts), total, self.blocks[0].attn.k_proj.weight.dtype, device)
         positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
         last = torch.arange(len(prompts), device=device) * ids.shape[1] + lengths - 1
