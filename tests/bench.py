@@ -414,9 +414,11 @@ def starting(args):
 ANSWER_TOKENS = 10  # about as many as an answer has, in either form
 
 
-def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len: int, dtype: torch.dtype) -> int:
+def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len: int, dtype: torch.dtype,
+                      device: str = "cpu") -> int:
     """Bytes that the forward of one record of max_len tokens keeps for its backward. They are counted in a real forward
-    of fake tensors, which have shapes and no memory."""
+    of fake tensors, which have shapes and no memory. It is a CPU's, but for the norms: autocast runs them in float32 on a
+    GPU, which keeps their input in it, and a copy of their output in half precision for each layer that reads it."""
     storages = {}
 
     def count(tensor):
@@ -427,6 +429,10 @@ def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model = Transformer(config)
         for module in model.modules():  # fake tensors know no model.to(dtype)
+            is_norm = isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+            if is_norm and device != "cpu" and dtype != torch.float32:
+                module.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
+                continue
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, torch.nn.Parameter(p.to(dtype)))
         inject_adapters(model, adapter)
@@ -452,8 +458,8 @@ def memory(args, method):
     ends = base - config.n_layer * block              # what is before and after the blocks
     training = 4 * sum(p.nbytes for p in trainable)   # values, gradients and AdamW's two moments
     # what a record's forward keeps,
-    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), adapter, args.max_len, args.dtype)
-                for n in (1, 2))
+    one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), adapter, args.max_len, args.dtype,
+                                  args.device) for n in (1, 2))
     of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time,
