@@ -415,9 +415,10 @@ ANSWER_TOKENS = 10  # about as many as an answer has, in either form
 
 
 def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len: int, dtype: torch.dtype,
-                      cuda: bool = False) -> int:
+                      device: str = "cpu") -> int:
     """Bytes that the forward of one record of max_len tokens keeps for its backward. They are counted in a real forward
-    of fake tensors, which have shapes and no memory. cuda: by the rules of its autocast, which runs norms in float32."""
+    of fake tensors, which have shapes and no memory. It is a CPU's, but for the norms: autocast runs them in float32 on a
+    GPU, which keeps their input in it, and a copy of their output in half precision for each layer that reads it."""
     storages = {}
 
     def count(tensor):
@@ -428,11 +429,12 @@ def kept_for_backward(config: TransformerConfig, adapter: AdapterConfig, max_len
     with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model = Transformer(config)
         for module in model.modules():  # fake tensors know no model.to(dtype)
-            in_float32 = cuda and isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+            is_norm = isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm))
+            if is_norm and device != "cpu" and dtype != torch.float32:
+                module.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
+                continue
             for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(p.to(torch.float32 if in_float32 else dtype)))
-            if in_float32:
-                module.register_forward_pre_hook(lambda norm, inputs: (inputs[0].float(),))
+                setattr(module, name, torch.nn.Parameter(p.to(dtype)))
         inject_adapters(model, adapter)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
@@ -457,8 +459,7 @@ def memory(args, method):
     training = 4 * sum(p.nbytes for p in trainable)   # values, gradients and AdamW's two moments
     # what a record's forward keeps,
     one, two = (kept_for_backward(dataclasses.replace(config, n_layer=n), adapter, args.max_len, args.dtype,
-                                  cuda=args.device.startswith("cuda") and args.dtype != torch.float32)
-                for n in (1, 2))
+                                  args.device) for n in (1, 2))
     of_block, of_ends = two - one, 2 * one - two
     of_ends += 2 * ANSWER_TOKENS * config.vocab_size * 4  # the logits, and their gradient beside the kept log p
     # W0 ⊙ BA and BA in HiRA's backward, of one layer at a time,

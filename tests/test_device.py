@@ -1,9 +1,9 @@
 """What can be said about GPUs without one: nothing stays on the CPU, and training does not wait for the device.
 
-Fake tensors have a shape, a dtype and a device, and no values. Their device here is one that PyTorch lets Python define:
-it stands where a GPU would, with the rules of CUDA's autocast. An operation on tensors of two devices fails, as it would
-on CUDA, and each one for which the host waits is noted. As such a device is there for a whole process, all this runs in
-one of its own: this file as a program.
+Fake tensors have a shape, a dtype and a device, and no values. Their device here is one that PyTorch lets Python
+define: it stands where a GPU would, with the rules of CUDA's autocast. An operation on tensors of two devices fails, as
+it would on CUDA, and each one for which the host waits is noted. As such a device is there for a whole process, all
+this runs in one of its own: this file as a program.
 """
 import itertools
 import subprocess
@@ -20,7 +20,6 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,18 +31,21 @@ from gatera import (GATES, METHODS, AdapterConfig, adapter_state, cached_product
 from model import Transformer, TransformerConfig  # noqa: E402
 
 aten = torch.ops.aten
+OURS = (ROOT, ROOT / "data", ROOT / "tests")
 SMALL = dict(vocab_size=64, n_layer=1, n_head=4, d_model=16, d_ff=24, max_len=32)
 FAMILIES = {"gpt2": TransformerConfig(**SMALL, norm="layernorm", positions="learned", mlp="gelu", attention_bias=True,
                                       mlp_bias=True, tied_head=True),
             "llama": TransformerConfig(**SMALL, n_kv_head=2)}
 TRAINING = [Question([1, 2, 3], [[4, 5]]), Question([6], [[7, 8, 9]])]
 SCORING = [Question([1, 2, 3], [[4, 5], [6]]), Question([7], [[8], [9]])]
-STEPS = 2
 
 
 # -------------------------------------------------------------------------------------------------- the device
 
-class Backend(backend_registration._DummyBackendModule):
+DUMMY = getattr(backend_registration, "_DummyBackendModule", None)
+
+
+class Backend(DUMMY or object):
     """What torch.cuda is to CUDA, as far as anybody asks."""
     _initialized = True
     device = staticmethod(lambda index: nullcontext())
@@ -88,7 +90,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), options=None):
         options = options or {}
         if waits(operation, args, options):
-            place = [frame for frame in traceback.extract_stack() if ROOT in Path(frame.filename).parents][-2]
+            place = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in OURS][-2]
             self.places[f"{Path(place.filename).stem}.{place.name}"] += 1
         if operation is aten._local_scalar_dense.default:
             return 0                                                       # there is no value: any will do
@@ -111,33 +113,35 @@ def waits(operation, args, options) -> bool:
 
 def run(family: str, dtype: torch.dtype, checkpointing: bool, method: str, gate: str, skip_closed: float,
         device: torch.device) -> None:
-    """Two steps of train.py's own loop, scoring, and decoding; files and the screen are left out."""
+    """A step of train.py's own loop, scoring, and decoding; files and the screen are left out."""
     torch.set_default_dtype(dtype)
     with torch.device(device):
         model = Transformer(FAMILIES[family]).train()
     torch.set_default_dtype(torch.float32)
     model.gradient_checkpointing = checkpointing
     inject_adapters(model, AdapterConfig(method, gate, r=2, dropout=0.1, skip_closed=skip_closed))
-    c, team = train.Config(batch=2), train.Team(0, 1, device)
+    c, team = train.Config(batch=2, warmup=0), train.Team(0, 1, device)
     optimizer = train.make_optimizer(model, c)
     nothing = mock.Mock(return_value={})
     directory = SimpleNamespace(begin=lambda *_: ({}, {}), start=nothing)
-    with mock.patch.multiple(train, load_inputs=lambda *_: (None, STEPS, TRAINING, [], {}), load_model=lambda *_: model,
+    with mock.patch.multiple(train, load_inputs=lambda *_: (None, 1, TRAINING, [], {}), load_model=lambda *_: model,
                              make_optimizer=lambda *_: optimizer, training_question=lambda record, **_: record,
                              run_facts=nothing, introduce=nothing, Progress=mock.MagicMock(), mean_gates=nothing,
                              save=nothing, finish=nothing), Waits() as waits:
         train.train(c, dtype, team, directory, mock.Mock(caught=[]))
-    # The loop's one tolist() a step, of four numbers, and of two sums of gates in a step that is logged. Skipping has to
-    # know how many tokens are left, which nonzero() tells: it is the one place that waits within a step.
+    # The loop's one tolist() a step, of four numbers, and of two sums of gates where a step is logged. Skipping has to know
+    # how many tokens are left, which nonzero() tells: it is the one exception, and waits once for each layer.
     forwards = len(gated_layers(model)) if skip_closed else 0
-    skips = Counter({"gatera.forward": forwards * STEPS * (1 + checkpointing)})
-    assert waits.places == Counter({"train.train": (4 if gate == "none" else 6) * STEPS}) + skips, waits.places
+    skips = Counter({"gatera.forward": forwards * (1 + checkpointing)})
+    assert waits.places == Counter({"train.train": 4 if gate == "none" else 6}) + skips, waits.places
     kept = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate is not None]
     assert len(kept) == (len(gated_layers(model)) if gate != "none" else 0)
     moments = [value for p in adapter_state(model).values() for value in optimizer.state[p].values()]
     assert len(moments) == 3 * len(adapter_state(model))
     assert {x.device for x in [*model.parameters(), *model.buffers(), *kept, *moments]} == {device}
 
+    if checkpointing:
+        return  # the rest would be as without
     model.eval()
     with torch.autocast("gpu", dtype=dtype, enabled=dtype != torch.float32), Waits() as waits:
         scores = log_likelihoods(model, SCORING)
@@ -161,23 +165,24 @@ def check_waits(device: torch.device) -> None:
         x[x > 0]
 
 
-def main(family: str) -> None:
+def main() -> None:
     device = make_device()
     methods = [*itertools.product(METHODS, GATES, [0.0]), ("hira", "token", 0.5)]
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) makes a fake tensor, too
-    # A checkpoint stops recomputing by an exception, which a device guard made in Python does not live through.
-    with FakeTensorMode(), set_checkpoint_early_stop(False):
+    with FakeTensorMode():
         check_waits(device)
-        for dtype, checkpointing, method in itertools.product((torch.float32, torch.bfloat16), (False, True), methods):
+        for family, dtype, checkpointing, method in itertools.product(
+                FAMILIES, (torch.float32, torch.bfloat16), (False, True), methods):
+            print(family, dtype, f"checkpointing {checkpointing}", *method, flush=True)  # an error in a backward aborts
             with mock.patch("model.is_ampere", lambda device: dtype == torch.bfloat16):
                 run(family, dtype, checkpointing, *method, device)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_stays_on_the_cpu_and_no_step_waits(family):
-    done = subprocess.run([sys.executable, __file__, family], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.skipif(DUMMY is None, reason="this torch has no devices made in Python; 2.13 has")
+def test_nothing_stays_on_the_cpu_and_no_step_waits():
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]}\n{done.stderr}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

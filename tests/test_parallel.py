@@ -1,4 +1,5 @@
 """Several processes, which have to learn what one does, over gloo on the CPU; and the plan of what memory they need."""
+import dataclasses
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import bench
 import train
 from data.files import UserError
 from gatera import AdapterConfig, gate_entropy, inject_adapters
-from model import Transformer
+from model import Transformer, TransformerConfig
 from test_resume import PROCESSES, SAMPLE
 from test_train import adapter, metrics
 
@@ -152,6 +153,18 @@ def test_the_plan_counts_what_a_real_forward_keeps(method, llama):
         F.cross_entropy(logits, row[0, -bench.ANSWER_TOKENS:]) + gate_entropy(model)
     real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
     assert bench.kept_for_backward(model.config, adapter, 64, torch.float32) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("device, of_norms", [("cpu", 2 * 4 + 2 * 2), ("cuda", 2 * 4 + 4 * 2)])
+def test_the_plan_counts_a_block_as_one_does_by_hand(device, of_norms):
+    """In bfloat16, with HiRA on q, k, v, up and down. The two norms keep their input in float32, and a number a token.
+    What q, k and v read is one tensor on a CPU, and three on a GPU, where the norm returns float32; up reads another."""
+    config = TransformerConfig(vocab_size=64, n_layer=1, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_len=64)
+    one, two = (bench.kept_for_backward(dataclasses.replace(config, n_layer=n), AdapterConfig("hira", "none", r=4), 64,
+                                        torch.bfloat16, device) for n in (1, 2))
+    of_attention = 2 * (2 * 32 + 2 * 16) + 4 * 4    # q, k, v and the result; a number in float32 for each head
+    of_mlp = 2 * 4 * 48                             # in and out of silu, its factor, and what down reads
+    assert two - one == 64 * (32 * of_norms + 2 * 4 + of_attention + of_mlp)
 
 
 @pytest.mark.slow
