@@ -319,7 +319,7 @@ class Settings:
     max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
     skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
-    dtype: str = "auto"             # auto: bfloat16 on what computes in it, float32 for --export
+    dtype: str = "auto"             # auto: the run's own; float32 for --export; of a base, what train.py's would be
     out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
     # instead of an evaluation
     compare: list = None            # evaluated runs against the first; commas, or a directory, join a method's seeds
@@ -406,6 +406,9 @@ def run_model(c: Settings) -> dict:
     if wrong := task_problems(tasks):
         raise UserError("; ".join(wrong))
     device, dtype = pick_device(c.device, "float32" if c.export and c.dtype == "auto" else c.dtype)
+    own = facts.get("dtype", "").removeprefix("torch.") if facts.get("device", "").startswith(device.type) else ""
+    if c.dtype == "auto" and not c.export and own in CHOICES["dtype"]:
+        device, dtype = pick_device(c.device, own)
     limit = c.limit or (10 if c.gates else None)
     needed = [] if c.export or c.prompt else task_names(tasks)
     data = find_data(c, settings) if needed else None

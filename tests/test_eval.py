@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import train
 from conftest import VOCAB, write_gpt2, write_llama
 from data import compare as comparison
 from data import pictures, results
@@ -668,8 +669,7 @@ def test_gates_while_decoding_equal_those_of_one_forward(stops, llama):
     model, tokenizer = adapted(llama, dtype=torch.float64), load_tokenizer(llama)
     record = load_records("piqa", "test", out=SAMPLE)[0]
     prompt = scoring_questions(record, "cloze", tokenizer, 512)[0].prompt
-    if stops:
-        tokenizer.eos = model.generate([prompt], 32)[0][5]
+    tokenizer.eos = model.generate([prompt], 32)[0][5] if stops else None
     trace, = evaluation.trace_gates(model, tokenizer, [record], "cloze", 512)
     ids = prompt + model.generate([prompt], 32, tokenizer.eos)[0]
     assert (len(ids) < len(prompt) + 32) == stops
@@ -804,3 +804,12 @@ def test_the_val_slice_is_the_same_for_everybody_and_has_no_twin_in_training():
 @pytest.mark.parametrize("task", TASKS)
 def test_val_records_come_from_the_training_set(task):
     assert load_records(task, "val", out=SAMPLE) == hold_out(load_records(task, "train", out=SAMPLE))[1]
+
+
+def test_a_run_is_evaluated_in_the_dtype_that_it_was_trained_in(llama, tmp_path):
+    argv = ["--init", str(llama), "--data", str(SAMPLE), "--tasks", "piqa", "--max-steps", "1", "--warmup", "0", "--batch", "2",
+            "--validation", "1", "--r", "4", "--device", "cpu", "--out", str(tmp_path / "run")]
+    train.main([*argv, "--dtype", "bfloat16"])
+    dtypes = [program("--run", tmp_path / "run", "--limit", "1", *flags)["configuration"]["dtype"]
+              for flags in ([], ["--dtype", "float32"])]
+    assert dtypes == ["torch.bfloat16", "torch.float32"]
