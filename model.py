@@ -258,20 +258,17 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Recomputing:
-    """`now` is True while a checkpointed block runs for the second time, in the backward. A layer that keeps something
-    of its forward, as GatedLinear its gate, must not keep that one's: its graph would hold the block's activations, and
-    save no memory."""
-    now = False
-
-
 @contextmanager
-def recomputation():
-    Recomputing.now = True
+def recomputation(block: Block):
+    """While a checkpointed block runs for the second time, in the backward. What a layer keeps of its forward, as
+    GatedLinear its gate_logit, stays the first forward's, which the loss has seen: the second's graph would hold the
+    block's activations, and save no memory. Put back afterwards, so that torch.compile makes one graph for both."""
+    kept = [(layer, layer.gate_logit) for layer in block.modules() if hasattr(layer, "gate_logit")]
     try:
         yield
     finally:
-        Recomputing.now = False
+        for layer, logit in kept:
+            layer.gate_logit = logit
 
 
 class Transformer(nn.Module):
@@ -337,7 +334,8 @@ class Transformer(nn.Module):
         flow = Flow(rotary, grid, cell, trees, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
+                x = checkpoint(block, x, flow, use_reentrant=False,
+                               context_fn=lambda block=block: (nullcontext(), recomputation(block)))
             else:
                 x = block(x, flow)
         if select is not None:
