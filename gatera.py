@@ -40,7 +40,6 @@ from data.configs import check_adapter
 from data.files import UserError
 from data.peft_format import ends_in, transformers_names, write_peft
 from data.weights import llama_name
-from model import Recomputing
 
 
 @dataclass
@@ -112,8 +111,7 @@ class GatedLinear(nn.Module):
                 z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
                 g = torch.sigmoid(z)
             y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
-        if not Recomputing.now:  # with gradient checkpointing, the first forward's is the one that the loss has seen
-            self.gate_logit = None if z is None else z.view(*leading, 1)
+        self.gate_logit = None if z is None else z.view(*leading, 1)
         return y.view(*leading, -1)
 
 

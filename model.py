@@ -19,7 +19,7 @@ tokens together, so that T = N. A token has a place in its row, a position in it
 the cache. UserError is for a user's input, ValueError for a caller's mistake.
 """
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -261,16 +261,17 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Recomputing:
-    """`now` is True in `with Recomputing():`, while a checkpointed block runs once more, in the backward. A layer of an
-    adapter keeps its gate for the loss: of the first run alone, as what is kept of this one would hold all activations."""
-    now = False
-
-    def __enter__(self):
-        Recomputing.now = True
-
-    def __exit__(self, *error):
-        Recomputing.now = False
+@contextmanager
+def recomputation(block: Block):
+    """While a checkpointed block runs for the second time, in the backward. What a layer keeps of its forward, as
+    GatedLinear its gate_logit, stays the first forward's, which the loss has seen: the second's graph would hold the
+    block's activations, and save no memory. Put back afterwards, so that torch.compile makes one graph for both."""
+    kept = [(layer, layer.gate_logit) for layer in block.modules() if hasattr(layer, "gate_logit")]
+    try:
+        yield
+    finally:
+        for layer, logit in kept:
+            layer.gate_logit = logit
 
 
 class Transformer(nn.Module):
@@ -336,7 +337,8 @@ class Transformer(nn.Module):
         flow = Flow(rotary, grid, cell, trees, None if cache is None else cache.at(positions))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, flow, use_reentrant=False, context_fn=lambda: (nullcontext(), Recomputing()))
+                x = checkpoint(block, x, flow, use_reentrant=False,
+                               context_fn=lambda block=block: (nullcontext(), recomputation(block)))
             else:
                 x = block(x, flow)
         if select is not None:

@@ -154,8 +154,6 @@ def check(c: Config) -> list[str]:
         (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
         (not c.max_steps or c.warmup < c.max_steps,
          f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
-        (not (c.compile and c.checkpointing), "--compile with --checkpointing: expected one of them (the compiler keeps other "
-                                              "tensors of a block's second run, without its gates, than of its first)"),
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
         (not c.fsdp or "RANK" in os.environ, "--fsdp: expected a start by torchrun --nproc_per_node=N -- train.py"),
     ]

@@ -542,6 +542,38 @@ def test_the_model_compiles_without_a_graph_break(method, gate):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("method, gate", [("hira", "token"), ("dora", "static")])
+def test_compiled_blocks_are_checkpointed_as_others_are(method, gate):
+    """Logits and gradients are the same, and the forward keeps no more for the backward, whose gates are the first's."""
+    torch._dynamo.reset()
+    model = adapted(method, gate)
+    parameters = list(adapter_state(model).values())
+
+    def step():
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(IDS)
+            loss = logits.square().sum() + gate_entropy(model)
+        gates = [layer.gate_logit for layer in gated_layers(model).values()]
+        grads = torch.autograd.grad(loss, parameters)
+        assert all(layer.gate_logit is gate for layer, gate in zip(gated_layers(model).values(), gates))
+        return [logits, *grads], sum(storage.nbytes() for storage in kept.values())
+
+    plain, plain_size = step()
+    model.gradient_checkpointing = True
+    _, size = step()
+    for block in model.blocks:  # as `compile_blocks` does, but for the code generation
+        block.compile(dynamic=True, backend="aot_eager_decomp_partition")
+    compiled, compiled_size = step()
+    for a, b in zip(plain, compiled):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert compiled_size == size < plain_size / 2
+
+
 # ------------------------------------------------------------------------------- switches and short cuts
 
 @every

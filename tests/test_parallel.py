@@ -155,6 +155,7 @@ def test_the_plan_counts_what_a_real_forward_keeps(method, llama):
     assert bench.kept_for_backward(model.config, adapter, 64, torch.float32) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="rms_norm of an older PyTorch keeps more on a CPU")
 @pytest.mark.parametrize("device, of_norms", [("cpu", 2 * 4 + 2 * 2), ("cuda", 2 * 4 + 4 * 2)])
 def test_the_plan_counts_a_block_as_one_does_by_hand(device, of_norms):
     """In bfloat16, with HiRA on q, k, v, up and down. The two norms keep their input in float32, and a number a token.

@@ -266,7 +266,6 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--dropout", "1"], ["dropout 1.0"]),
     (["--gate-bias", "nan", "--entropy-weight", "inf"], ["--gate-bias nan", "--entropy-weight inf"]),
     (["--tasks", "piqa,piqa"], ["named twice"]),
-    (["--compile", "--checkpointing"], ["expected one of them"]),
     (["--max-steps", "3"], ["--warmup 100: expected less than --max-steps 3"]),
     (["--peft", "lora", "--skip-closed", "0.1"], ["--skip-closed 0.1: lora"]),
     (["--seed", "-1"], ["--seed -1"]),
@@ -364,13 +363,14 @@ def test_gpt2_trains_too(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_run_learns_the_same(tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--checkpointing",)])
+def test_a_compiled_run_learns_the_same(flags, tmp_path):
     base = write_llama(tmp_path / "llama", layers=1)
     run(tmp_path / "eager", base, "--max-steps", "4")
     program = Path(train.__file__)
     subprocess.run([sys.executable, program, "--init", base, "--data", SAMPLE, "--out", tmp_path / "compiled", "--r", "4",
                     "--warmup", "2", "--batch", "8", "--validation", "4", "--eval-every", "3", "--log-every", "2",
-                    "--device", "cpu", "--lr", "1e-2", "--max-steps", "4", "--compile"], check=True, capture_output=True)
+                    "--device", "cpu", "--lr", "1e-2", "--max-steps", "4", "--compile", *flags], check=True, capture_output=True)
     losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("eager", "compiled")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
 
