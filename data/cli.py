@@ -128,15 +128,18 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 
 def cpu_dtype() -> str:
     """bfloat16 on a CPU that multiplies matrices in it (AVX512-BF16, AMX) and is several times quicker so, float32 on all
-    others, which imitate bfloat16, some a thousand times slower. A product in each is timed, which takes milliseconds."""
-    seconds = {}
+    others, which imitate bfloat16, some a thousand times slower. A product in each is timed, which takes milliseconds: by
+    the time of one thread, so that a busy machine comes to the same."""
+    seconds, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         x, W, times = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.thread_time()
             x @ W
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         seconds[dtype] = min(times)
+    torch.set_num_threads(threads)
     return "bfloat16" if 2 * seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
