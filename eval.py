@@ -26,7 +26,6 @@ import os
 import platform
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from data.files import UserError, checksum, fingerprint, json_lines, unwritable
 from data.output import export_problem, faults_told, renewed, written_whole
 from data.pictures import (GATE_PICTURES, colour_legend, draw_gates, draw_training, gate_numbers, paint, read_training,
                            write_gate_page)
-from data.prepare import TASKS, check_records, load_records, task_names
+from data.prepare import check_records, load_records, task_names, task_problems
 from data.results import (check_base, continued, find_data, find_run, mean_result, results_name, save_results, summarise,
                           table)
 from data.tokenizer import TextStream, Tokenizer
@@ -337,7 +336,7 @@ def parse(argv: list[str]) -> Settings:
     given, wrong = read_flags(Settings, argv, __doc__, CHOICES)
     c = Settings(**given)
     modes = [name for name in ("compare", "gates", "prompt", "export") if name in given]
-    wrong += task_problems(c.tasks)
+    wrong += task_problems(c.tasks or "all")
     rules = [
         (c.limit >= 0, f"--limit {c.limit}: expected 0 (all) or more"),
         (1 <= c.beams <= 1000, f"--beams {c.beams}: expected a whole number from 1 to 1000"),
@@ -356,13 +355,6 @@ def parse(argv: list[str]) -> Settings:
     if wrong:
         raise UserError("; ".join(wrong))
     return c
-
-
-def task_problems(names: str) -> list[str]:
-    """What is wrong with the tasks that --tasks or a run's config.json names, one text each."""
-    tasks = task_names(names) if names else []
-    unknown = [f"--tasks {task}: expected all or some of {', '.join(TASKS)}" for task in tasks if task not in TASKS]
-    return unknown + [f"--tasks: {task} is named twice" for task, times in Counter(tasks).items() if times > 1]
 
 
 def compare_runs(c: Settings) -> dict:

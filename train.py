@@ -39,8 +39,8 @@ from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
 from data.files import UserError, fingerprint, is_out_of_memory, reading, unwritable
-from data.prepare import (DEFAULT, TASKS, check_records, count_repeated, hold_out, line_numbers, load_records, prepare,
-                          task_names)
+from data.prepare import (DEFAULT, check_records, count_repeated, hold_out, line_numbers, load_records, prepare, task_names,
+                          task_problems)
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
 from data.runs import Progress, Run, Signals, clock, introduce
@@ -140,13 +140,9 @@ def parse(argv: list[str]) -> Config:
 
 def check(c: Config) -> list[str]:
     """What is wrong with the values, one text each."""
-    tasks = task_names(c.tasks)
-    unknown = [task for task in tasks if task not in TASKS]
     rules = [
         (c.peft != "gatera" or c.gate == "token",
          f"--gate {c.gate}: expected token with --peft gatera, which is hira with that gate; or use --peft hira"),
-        (not unknown, f"--tasks {', '.join(unknown).strip() or c.tasks}: expected all or some of {', '.join(TASKS)}"),
-        (len(set(tasks)) == len(tasks), f"--tasks {c.tasks}: a task is named twice"),
         (c.gate == "none" or "head" not in c.targets.split(","),
          f"--targets {c.targets}: the head sees answer tokens alone, gates learn from all; use --gate none or no head"),
         (0 < c.lr <= 1, f"--lr {c.lr}: expected a number above 0, up to 1"),
@@ -166,7 +162,7 @@ def check(c: Config) -> list[str]:
     rules += [(getattr(c, name) in ("", *choices),
                f"{flag(name)} {getattr(c, name)}: expected one of {', '.join(choices)}")
               for name, choices in CHOICES.items()]
-    wrong = [message for is_fine, message in rules if not is_fine] + device_problems(c.device)
+    wrong = [message for is_fine, message in rules if not is_fine] + task_problems(c.tasks) + device_problems(c.device)
     if problem := unwritable(Path(c.out)) if c.resume else unusable(Path(c.out)):
         wrong.append(f"--out {problem}")
     try:

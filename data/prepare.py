@@ -176,6 +176,14 @@ def task_names(text: str) -> list[str]:
     return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
 
 
+def task_problems(text: str) -> list[str]:
+    """What is wrong with the tasks that --tasks or a run's config.json names, one text or none."""
+    tasks = task_names(text)
+    if unknown := [task for task in tasks if task not in TASKS]:
+        return [f"--tasks {', '.join(unknown).strip(' ,') or text}: expected all or some of {', '.join(TASKS)}"]
+    return [] if len(set(tasks)) == len(tasks) else [f"--tasks {text}: a task is named twice"]
+
+
 def check_names(tasks: list[str], splits: list[str], known_splits: tuple[str, ...] = SPLITS) -> None:
     for names, known, kind in ((tasks, TASKS, "task"), (splits, known_splits, "split")):
         if unknown := [name for name in names if name not in known]:
@@ -226,8 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     source, tasks = settings.source, task_names(settings.tasks)
     if source not in ("auto", "hub", "index") and not Path(source).is_dir():
         wrong.append(f"--source {source}: expected auto, hub, index, or a directory like LLM-Adapters' dataset/")
-    if unknown := [task for task in tasks if task not in TASKS]:
-        wrong.append(f"--tasks {', '.join(unknown).strip(' ,') or settings.tasks}: expected all or some of {', '.join(TASKS)}")
+    wrong += task_problems(settings.tasks)
     if problem := unwritable(settings.out):
         wrong.append(f"--out {problem}")
     if wrong:

@@ -481,7 +481,7 @@ def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_pat
     (["--run", "nowhere"], "nowhere: no such directory"),
     (["--run", str(SAMPLE)], "no adapter there"),
     (["--device", "gpu", "--init", "x"], "--device gpu: expected auto"),
-    (["--init", "x", "--tasks", "piqa,piqa"], "piqa is named twice"),
+    (["--init", "x", "--tasks", "piqa,piqa"], "--tasks piqa,piqa: a task is named twice"),
     (["--colour"], "unknown argument --colour"),
     (["--init", "./nowhere"], "no such model file or directory"),
     (["--init", "x", "--data", "nowhere"], "nowhere.*expected records"),

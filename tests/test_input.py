@@ -203,7 +203,7 @@ CASES = [
     ("eval", f"--protocol generate --beams {2**62}", f"--beams {2**62}: expected a whole number from 1 to 1000"),
     ("eval", "--prompt '\ud800'", "--prompt \\ud800: expected a value"),
     ("eval", "--max-len 4096", "--max-len 4096 is longer than the base's context of 512"),
-    ("eval", "--tasks ,", "--tasks : expected all or some of boolq"),
+    ("eval", "--tasks ,", "--tasks ,: expected all or some of boolq"),
     ("eval", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
     ("eval", "--export onnx dir", "--export onnx: expected hf or peft"),
     ("prepare", "--tasks arc", "--tasks arc: expected all or some of boolq, piqa"),
@@ -515,12 +515,12 @@ def test_no_pattern_of_ours_takes_long_for_any_text(name):
             text = text.encode("utf-8", "replace").decode()
         took = []
         for _ in range(3):  # the machine may be busy
-            started = time.perf_counter()
+            started = time.thread_time()
             OURS[name](text)
-            took.append(time.perf_counter() - started)
-            if took[-1] < 0.2:
+            took.append(time.thread_time() - started)
+            if took[-1] < 0.05:
                 break
-        assert min(took) < 0.2, (piece, took)
+        assert min(took) < 0.05, (piece, took)
 
 
 # --------------------------------------------------------------------------------------------------- the fuzzer
