@@ -35,11 +35,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.adapters import fill, read_adapter, write_adapter
-from data.configs import check_adapter
+from data.adapters import check_adapter, fill, find_layers, read_adapter, write_adapter
 from data.files import UserError
-from data.peft_format import ends_in, transformers_names, write_peft
-from data.weights import llama_name
+from data.names import transformers_names
+from data.peft_format import write_peft
 
 
 @dataclass
@@ -111,8 +110,19 @@ class GatedLinear(nn.Module):
                 z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
                 g = torch.sigmoid(z)
             y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
-        self.gate_logit = None if z is None else z.view(*leading, 1)
+        if torch.compiler.is_compiling() or not in_backward():
+            self.gate_logit = None if z is None else z.view(*leading, 1)
         return y.view(*leading, -1)
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which cannot take a graph along."""
+        return self.__dict__ | {"gate_logit": None}
+
+
+def in_backward() -> bool:
+    """Whether a backward is under way. A forward in there is checkpointing's second one: the first one's z stays, which the
+    loss has seen, as the second's graph would hold all activations, and save no memory."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # --------------------------------------------------------------------------------------------------------- gates
@@ -302,27 +312,29 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
     """
     if gated_layers(model):
         raise UserError("the model already has adapters; merge them or load the base again")
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {target: {name for name in linears if ends_in(llama_name(name), llama_name(target))}
-             for target in config.targets}
-    if unknown := [target for target, names in found.items() if not names]:
-        leaves = sorted({name.rpartition(".")[2] for name in linears})
-        raise UserError(f"targets: no layer is named {', '.join(unknown)}; this model has {', '.join(leaves)}")
-    chosen = [name for name in linears if any(name in names for names in found.values())]  # in the order of the blocks
-    smallest = min(min(linears[name].weight.shape) for name in chosen)
+    if unwrapped(model) is not model:
+        raise UserError(f"the model is inside a {type(model).__name__}; inject the adapters before that")
+    layers = find_layers(model, config.targets)
+    smallest = min(min(layer.weight.shape) for layer in layers.values())
     if config.r > smallest:
         raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
     model.requires_grad_(False)
-    for name in chosen:
-        model.set_submodule(name, GatedLinear(linears[name], config))
+    for name, layer in layers.items():
+        model.set_submodule(name, GatedLinear(layer, config))
     model.adapter_config = config
-    return chosen
+    return list(layers)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, which torch.compile and DistributedDataParallel put into a module of their own."""
+    while list(model._modules) in (["_orig_mod"], ["module"]):
+        model = next(model.children())
+    return model
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
     """{name: layer} of the adapted layers, gated or not, in the order of the blocks."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GatedLinear)}
-    return {name.removeprefix("_orig_mod."): layer for name, layer in layers.items()}  # torch.compile's prefix
+    return {name: layer for name, layer in unwrapped(model).named_modules() if isinstance(layer, GatedLinear)}
 
 
 def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -342,11 +354,21 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
 
     From z, where g = sigmoid(z), it is exact and needs no clamp: H(z) = softplus(z) - z sigmoid(z). For large z the two
     cancel, so it is taken at -|z|, as H(z) = H(-z).
-    mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates.
+    mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates. UserError in training if that
+    forward kept no graph of the gates: the term would have no gradient, and nobody would notice.
     """
-    logits = [layer.gate_logit for layer in gated_layers(model).values() if layer.gate_logit is not None]
-    if not logits:
+    gated = [layer for layer in gated_layers(model).values() if layer.gate_logit is not None]
+    if not gated:
         return torch.zeros((), device=next(model.parameters()).device)
+    if torch.is_grad_enabled() and any(layer.training and not layer.gate_logit.requires_grad
+                                       and any(p.requires_grad for p in layer.gate.parameters()) for layer in gated):
+        raise UserError("the entropy of these gates has no gradient: their forward ran under no_grad, or inside reentrant "
+                        "checkpointing, which needs use_reentrant=False")
+    logits = [layer.gate_logit for layer in gated]
+    if len({z.shape for z in logits}) > 1:  # as where a head reads the last token alone, or an expert some tokens
+        if mask is not None:
+            raise UserError("the gated layers read different tokens, and one mask cannot fit all; expected no mask")
+        logits = [torch.cat([z.flatten() for z in logits])[:, None]]                # (N, 1)
     a = torch.cat(logits, dim=-1).abs()                                             # (B, T, gates)
     H = (F.softplus(-a) + a * torch.sigmoid(-a)).mean(-1)                           # (B, T)
     return H.mean() if mask is None else (H * mask).sum() / mask.sum()
@@ -398,6 +420,7 @@ def merge_adapters(model: nn.Module) -> None:
     Load the base in float32 for it: bfloat16 rounds HiRA's 1 + B A to 1 where B A is below 0.004, and a warning says how
     much of an update got lost. UserError where no one weight serves every token, as with a gate.
     """
+    model = unwrapped(model)
     layers, lost = gated_layers(model), 0.0         # the largest share of a layer's update that was rounded off
     for name, layer in layers.items():
         if layer.gate is not None:
@@ -431,7 +454,7 @@ def save_adapter(model: nn.Module, directory) -> None:
     """Writes adapter.safetensors (the adapter's tensors alone) and adapter.json (its AdapterConfig)."""
     if not gated_layers(model):
         raise UserError("the model has no adapter to save")
-    write_adapter(Path(directory), asdict(model.adapter_config), adapter_state(model))
+    write_adapter(Path(directory), asdict(unwrapped(model).adapter_config), adapter_state(model))
 
 
 def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
@@ -444,8 +467,8 @@ def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
     peft = {name: method.PEFT for name, method in METHODS.items() if hasattr(method, "PEFT")}
     file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft, changes)
     fresh = not gated_layers(model)
-    if not fresh and model.adapter_config != config:
-        raise UserError(f"{file}: the model already has another adapter ({model.adapter_config})")
+    if not fresh and (other := unwrapped(model).adapter_config) != config:
+        raise UserError(f"{file}: the model already has another adapter ({other})")
     try:
         if fresh:
             inject_adapters(model, config)
@@ -461,7 +484,7 @@ def export_peft(model: nn.Module, directory) -> None:
     """Writes an ungated adapter as adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained.
 
     UserError for a gated adapter, as peft would drop the gate without a word, and for a method that peft does not have."""
-    layers = gated_layers(model)
+    model, layers = unwrapped(model), gated_layers(model)
     if not layers:
         raise UserError("the model has no adapter to export")
     config, method = model.adapter_config, METHODS[model.adapter_config.method]
@@ -472,10 +495,11 @@ def export_peft(model: nn.Module, directory) -> None:
     adapter = {name: dict(layer.update.named_parameters()) for name, layer in layers.items()}
     weights = {name: model.get_submodule(name).weight for names in peft_layers(model).values() for name in names}
     write_peft(Path(directory), adapter, peft_layers(model), weights, method.PEFT, config.r, config.scaling,
-               config.dropout, getattr(model, "name_or_path", None))
+               config.dropout, getattr(model, "hub_id", getattr(model, "name_or_path", None)))
 
 
 def peft_layers(model: nn.Module) -> dict[str, list[str]]:
     """{transformers' name of a linear layer, adapted or not: our names}."""
+    model = unwrapped(model)
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GatedLinear))]
-    return transformers_names([name.removeprefix("_orig_mod.") for name in names], getattr(model, "config", None))
+    return transformers_names(names, getattr(model, "config", None))

@@ -472,7 +472,7 @@ class Transformer(nn.Module):
             model = cls(config_of(path))  # shapes alone; each weight gets its memory when it is read
         weights = read_weights(path, model.config)
         load_weights(model, weights, dtype or torch.float32, torch.device(device or "cpu"), path)
-        model.name_or_path = str(name_or_path)
+        model.name_or_path, model.hub_id = str(name_or_path), hub_id(name_or_path)
         return model.eval()
 
 

@@ -1,13 +1,83 @@
-"""An adapter's directory: adapter.safetensors with its tensors and adapter.json with its settings, or what peft wrote."""
+"""What an adapter's settings may be, the layers of a model that they name, and its directory: adapter.safetensors with its
+tensors and adapter.json with its settings, or what peft wrote.
+
+gatera.py needs this module, files.py, names.py and peft_format.py, and nothing else of this project.
+"""
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
-from data.files import UserError, misfits, read_json, read_tensors, reading, write_atomically, write_tensors
+from data.files import UserError, is_number, misfits, read_json, read_tensors, reading, write_atomically, write_tensors
+from data.names import ends_in, llama_name, whole_name
 from data.peft_format import read_peft
-from data.weights import llama_name
+
+# ------------------------------------------------------------------------------------------ settings and layers
+
+
+def check_adapter(fields: dict, methods: dict, gates: dict) -> None:
+    """UserError that names all fields of an AdapterConfig that are wrong; methods and gates are those there are."""
+    targets, below_one = fields["targets"], math.nextafter(1, 0)
+    if isinstance(targets, str) or not isinstance(targets, (list, tuple)):
+        raise UserError(f"adapter: targets {targets!r}: expected a list of layer names")
+    wrong = [f"{name} {fields[name]!r}: expected {expected}" for name, fine, expected in (
+        ("method", fields["method"] in list(methods), "one of " + ", ".join(methods)),
+        ("gate", fields["gate"] in list(gates), "one of " + ", ".join(gates)),
+        ("r", isinstance(fields["r"], int) and is_number(fields["r"], 1, math.inf), "a positive whole number"),
+        ("alpha", fields["alpha"] is None or is_number(fields["alpha"], 1e-12, 1e12), "a positive number"),
+        ("gate_bias", is_number(fields["gate_bias"], -1e6, 1e6), "a finite number up to 1e6"),
+        ("dropout", is_number(fields["dropout"], 0, below_one), "a number from 0 up to, not including, 1"),
+        ("skip_closed", is_number(fields["skip_closed"], 0, below_one), "a number from 0 up to, not including, 1"),
+        ("targets", targets and all(isinstance(name, str) and name for name in targets),
+         "at least one layer name, and no empty one"),
+    ) if not fine]
+    if not wrong and fields["skip_closed"]:
+        method, gate = fields["method"], fields["gate"]
+        if not hasattr(methods[method], "skip_closed") or not hasattr(gates[gate], "per_token"):
+            wrong.append(f"skip_closed {fields['skip_closed']}: {method} with gate {gate} has nothing to skip")
+    if wrong:
+        raise UserError("adapter: " + "; ".join(wrong))
+
+
+def find_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """{name: layer} of all layers that the targets name, in the order of the blocks. UserError for a target that names none,
+    and for a layer that is no nn.Linear, or a quantised one."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise UserError("the model has adapters of peft; load the base again, without them")
+    leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+    found = {target: [name for name in leaves if ends_in(whole_name(name), llama_name(target))] for target in targets}
+    chosen = {name: module for name, module in leaves.items() if any(name in names for names in found.values())}
+    wrong = ""
+    if unknown := [target for target, names in found.items() if not names]:
+        linears = sorted({name.rpartition(".")[2] for name, module in leaves.items() if not unfit(module)})
+        wrong = f"no layer is named {', '.join(unknown)}; this model has {', '.join(linears) or 'no nn.Linear'}"
+    elif unfits := [name for name in chosen if unfit(chosen[name])]:
+        wrong = (f"{unfits[0]} is a {unfit(chosen[unfits[0]])}, expected an nn.Linear with a floating-point weight; load a "
+                 "quantised base without its quantisation")
+    if wrong and any(type(module).__name__ == "Conv1D" for module in leaves.values()):
+        wrong += (". It is made of Conv1D layers, as transformers' GPT-2 is, one of which is q, k and v together; load the "
+                  "same weights into gatera's own GPT-2, which has a layer for each: "
+                  "model.Transformer.from_pretrained(name or directory)")
+    if wrong:
+        raise UserError(f"targets: {wrong}")
+    return chosen
+
+
+def unfit(module: nn.Module) -> str:
+    """What a module is, if it does not compute W0 x + b with a W0 of plain numbers; else "". A subclass of nn.Linear or of
+    nn.Parameter may be anything, and those of quantised models are."""
+    if type(module) is not nn.Linear:
+        return type(module).__name__
+    W0 = module.weight
+    plain = type(W0) is nn.Parameter and W0.is_floating_point() and W0.itemsize > 1
+    return "" if plain else f"Linear whose weight is a {type(W0).__name__} of {W0.dtype}"
+
+
+# ----------------------------------------------------------------------------------------------------- on disk
+
 
 
 def write_adapter(directory: Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
@@ -46,8 +116,8 @@ def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], met
 def fill(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
     """Copies tensors from a file into those of `state`, which has the names of the model at hand: ours, or those of a
     Llama of transformers, with either in the file. UserError, and nothing copied, if they are not the same tensors."""
-    names = {llama_name(name): name for name in state}
-    tensors = {names.get(llama_name(name), name): tensor for name, tensor in tensors.items()}
+    names = {whole_name(name): name for name in state}
+    tensors = {names.get(whole_name(name), name): tensor for name, tensor in tensors.items()}
     if wrong := misfits(tensors, state):
         raise UserError(f"does not fit this base model: {wrong}")
     for name, tensor in state.items():

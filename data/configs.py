@@ -1,8 +1,6 @@
-"""What the fields of a config may hold, which may come from a damaged file. What each means stands in model.py's
-TransformerConfig and gatera.py's AdapterConfig."""
-import math
-
-from data.files import UserError, is_number
+"""What the fields of a TransformerConfig may hold, which may come from a damaged file. What each means stands in
+model.py."""
+from data.files import is_number
 
 # Sizes end beyond those of any model: a damaged config must not make one that fills the memory.
 LARGEST = dict(vocab_size=2**20, n_layer=2**10, n_head=2**12, d_model=2**20, d_ff=2**20, max_len=2**31, n_kv_head=2**12,
@@ -40,27 +38,3 @@ def check_config(fields: dict) -> None:
         raise ValueError(f"rope_scaling is {scaling}, expected positive numbers")
     if "factors" in scaling and len(numbers) != head_dim // 2:
         raise ValueError(f"{len(numbers)} rotation speeds, expected {head_dim // 2}")
-
-
-def check_adapter(fields: dict, methods: dict, gates: dict) -> None:
-    """UserError that names all fields of an AdapterConfig that are wrong; methods and gates are those there are."""
-    targets, below_one = fields["targets"], math.nextafter(1, 0)
-    if isinstance(targets, str) or not isinstance(targets, (list, tuple)):
-        raise UserError(f"adapter: targets {targets!r}: expected a list of layer names")
-    wrong = [f"{name} {fields[name]!r}: expected {expected}" for name, fine, expected in (
-        ("method", fields["method"] in list(methods), "one of " + ", ".join(methods)),
-        ("gate", fields["gate"] in list(gates), "one of " + ", ".join(gates)),
-        ("r", isinstance(fields["r"], int) and is_number(fields["r"], 1, math.inf), "a positive whole number"),
-        ("alpha", fields["alpha"] is None or is_number(fields["alpha"], 1e-12, 1e12), "a positive number"),
-        ("gate_bias", is_number(fields["gate_bias"], -1e6, 1e6), "a finite number up to 1e6"),
-        ("dropout", is_number(fields["dropout"], 0, below_one), "a number from 0 up to, not including, 1"),
-        ("skip_closed", is_number(fields["skip_closed"], 0, below_one), "a number from 0 up to, not including, 1"),
-        ("targets", targets and all(isinstance(name, str) and name for name in targets),
-         "at least one layer name, and no empty one"),
-    ) if not fine]
-    if not wrong and fields["skip_closed"]:
-        method, gate = fields["method"], fields["gate"]
-        if not hasattr(methods[method], "skip_closed") or not hasattr(gates[gate], "per_token"):
-            wrong.append(f"skip_closed {fields['skip_closed']}: {method} with gate {gate} has nothing to skip")
-    if wrong:
-        raise UserError("adapter: " + "; ".join(wrong))

@@ -24,9 +24,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from data.download import hub_id
 from data.files import UserError, is_number, read_json, read_tensors, reading, write_atomically
-from data.weights import hugging_face_name
+from data.names import ends, ends_in
 
 # Fields of adapter_config.json that are followed, or that do not change what the adapter computes. All others have to be
 # off, so that whatever peft invents is refused by name instead of overlooked.
@@ -189,7 +188,7 @@ def write_peft(directory: Path, adapter: dict[str, dict[str, torch.Tensor]], lay
     """Writes an adapter for PeftModel.from_pretrained.
 
     adapter: {our name of an adapted layer: tensors}. layers: as in `read_peft`. weights: {our name: W0} of all of them.
-    r, scaling (s), dropout: the adapter's. base: the base model as it was named here; peft finds it on the hub.
+    r, scaling (s), dropout: the adapter's. base: what peft finds the base model by, a hub id or a directory.
     """
     fields, keys = method
     chosen = {theirs: names for theirs, names in layers.items() if any(name in adapter for name in names)}
@@ -203,8 +202,8 @@ def write_peft(directory: Path, adapter: dict[str, dict[str, torch.Tensor]], lay
         whole["B"] = F.pad(B, (0, rank - B.shape[1]))                                               # (out, rank)
         tensors |= {f"base_model.model.{theirs}.{key}": whole[leaf].detach().cpu().contiguous()
                     for leaf, key in keys.items()}
-    kind, conv1d = fields["peft_type"].lower(), any(name.startswith("transformer.h.") for name in layers)  # GPT-2's
-    raw = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base and hub_id(base), "r": rank,
+    kind, conv1d = fields["peft_type"].lower(), any(len(names) > 1 for names in layers.values())  # GPT-2, with c_attn
+    raw = {"task_type": "CAUSAL_LM", "inference_mode": True, "base_model_name_or_path": base, "r": rank,
            "target_modules": sorted(ends(list(chosen), list(layers))), f"{kind}_dropout": dropout,
            "fan_in_fan_out": conv1d} | fields
     if kind == "lora":
@@ -218,29 +217,3 @@ def neutral(W0: torch.Tensor, r: int) -> dict[str, torch.Tensor]:
     """An adapter that changes nothing, for a q, k or v without one in a c_attn that has others."""
     W0 = W0.detach().to(torch.promote_types(W0.dtype, torch.float32))               # (out, in)
     return {"A": W0.new_zeros(r, W0.shape[1]), "B": W0.new_zeros(W0.shape[0], r), "m": W0.norm(dim=1)}
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-def transformers_names(names: list[str], config) -> dict[str, list[str]]:
-    """{transformers' name of a layer: ours}; in a model of transformers, which has another config, both are the same."""
-    layers = {}
-    for name in names:
-        theirs = hugging_face_name(name, config) if hasattr(config, "positions") else name
-        layers.setdefault(theirs, []).append(name)
-    return layers
-
-
-def ends_in(name: str, end: str) -> bool:
-    """Whether a layer's name is `end`, or ends in it behind a dot."""
-    return f".{name}".endswith(f".{end}")
-
-
-def ends(chosen: list[str], names: list[str]) -> list[str]:
-    """The shortest ends of names that mean the chosen ones of all `names`, and no other: q_proj, mlp.c_proj, ..."""
-    others, found = set(names) - set(chosen), []
-    for name in chosen:
-        words = name.split(".")
-        candidates = [".".join(words[i:]) for i in reversed(range(len(words)))]
-        found.append(next((end for end in candidates if not any(ends_in(other, end) for other in others)), name))
-    return list(dict.fromkeys(found))

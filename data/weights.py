@@ -17,6 +17,7 @@ from data.download import find_model
 from data.files import UserError, expect_file, listed, read_json, reading, write_atomically, write_json
 from data.gguf import GGUF, split_block
 from data.hub import shards
+from data.names import GPT2_NAMES, LLAMA_NAMES, hugging_face_name
 from data.tokenizer import write_gguf_tokenizer
 
 # ------------------------------------------------------------------------------------------------ the config
@@ -96,10 +97,6 @@ def rope_fields(raw: dict, max_len: int) -> dict:
 
 # ----------------------------------------------------------------------------------------------- the weights
 
-GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "attn_norm", "ln_2": "mlp_norm",
-              "attn.c_proj": "attn.o_proj", "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-LLAMA_NAMES = {"embed_tokens": "embed", "norm": "norm", "input_layernorm": "attn_norm",
-               "post_attention_layernorm": "mlp_norm", "self_attn": "attn", "mlp": "mlp"}
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -178,28 +175,6 @@ def load_weights(model: nn.Module, weights, dtype: torch.dtype, device: torch.de
 
 
 # ------------------------------------------------------------------------- back to Hugging Face's layout
-
-def hugging_face_name(name: str, config) -> str:
-    """Our name of a layer or weight -> Hugging Face's (GPT2_NAMES, LLAMA_NAMES). GPT-2's q, k and v share c_attn."""
-    gpt2 = config.positions == "learned"
-    if name.startswith("head"):
-        return f"lm_{name}"
-    prefix = "transformer." if gpt2 else "model."
-    if name.startswith("blocks."):
-        _, layer, name = name.split(".", 2)
-        prefix += f"{'h' if gpt2 else 'layers'}.{layer}."
-    names = [(ours, theirs) for theirs, ours in (GPT2_NAMES if gpt2 else LLAMA_NAMES).items()]
-    names += [(f"attn.{part}_proj", "attn.c_attn") for part in "qkv" if gpt2]
-    return next(prefix + theirs + name[len(ours):] for ours, theirs in names if f"{name}.".startswith(f"{ours}."))
-
-
-def llama_name(name: str) -> str:
-    """Our name of a layer of a Llama, or the end of one -> transformers'; all other names stay."""
-    name = f".{name}."
-    for ours, theirs in ((".blocks.", ".model.layers."), (".attn.", ".self_attn."), (".head.", ".lm_head.")):
-        name = name.replace(ours, theirs)
-    return name[1:-1]
-
 
 def hugging_face_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights under Hugging Face's names and in its shapes; a tied head is there once, as the embedding."""

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 from conftest import VOCAB, write_gguf, write_gpt2, write_llama
 from data import peft_format
+from data.download import hub_id
 from data.files import UserError
 from gatera import (METHODS, AdapterConfig, adapter_state, export_peft, gated_layers, inject_adapters, load_adapter,
                     merge_adapters, save_adapter)
-from data.weights import hugging_face_name, save_pretrained
+from data.names import hugging_face_name
+from data.weights import save_pretrained
 from model import Transformer, TransformerConfig, inverse_frequencies, load_tokenizer
 
 IDS = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -418,7 +420,7 @@ def test_an_exported_adapter_names_its_base_as_the_hub_does(llama, tmp_path):
     model = random_adapter(llama, "lora")
     for name, base in {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "some/model": "some/model",
                        "llama-3.2-1b": "meta-llama/Llama-3.2-1B", str(llama): str(llama)}.items():
-        model.name_or_path = name
+        model.hub_id = hub_id(name)
         export_peft(model, tmp_path / "peft")
         assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
 
