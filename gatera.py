@@ -35,7 +35,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.adapters import check_adapter, fill, find_layers, read_adapter, write_adapter
+from data.adapters import (check_adapter, fill, find_layers, is_linear, read_adapter, untie_head, unwrapped,
+                           write_adapter)
 from data.files import UserError
 from data.names import transformers_names
 from data.peft_format import write_peft
@@ -110,19 +111,14 @@ class GatedLinear(nn.Module):
                 z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
                 g = torch.sigmoid(z)
             y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
-        if torch.compiler.is_compiling() or not in_backward():
+        # A forward within a backward is checkpointing's second one. The first one's z stays, which the loss has seen: the
+        # second's graph would hold the activations, and save no memory.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self.gate_logit = None if z is None else z.view(*leading, 1)
         return y.view(*leading, -1)
 
-    def __getstate__(self) -> dict:
-        """For copies and pickles, which cannot take a graph along."""
+    def __getstate__(self) -> dict:  # copies and pickles cannot take a graph along
         return self.__dict__ | {"gate_logit": None}
-
-
-def in_backward() -> bool:
-    """Whether a backward is under way. A forward in there is checkpointing's second one: the first one's z stays, which the
-    loss has seen, as the second's graph would hold all activations, and save no memory."""
-    return torch._C._current_graph_task_id() != -1
 
 
 # --------------------------------------------------------------------------------------------------------- gates
@@ -314,22 +310,12 @@ def inject_adapters(model: nn.Module, config: AdapterConfig) -> list[str]:
         raise UserError("the model already has adapters; merge them or load the base again")
     if unwrapped(model) is not model:
         raise UserError(f"the model is inside a {type(model).__name__}; inject the adapters before that")
-    layers = find_layers(model, config.targets)
-    smallest = min(min(layer.weight.shape) for layer in layers.values())
-    if config.r > smallest:
-        raise UserError(f"r {config.r} is larger than the smallest adapted matrix side, {smallest}")
+    layers = find_layers(model, config.targets, config.r)
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, GatedLinear(layer, config))
     model.adapter_config = config
     return list(layers)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, which torch.compile and DistributedDataParallel put into a module of their own."""
-    while list(model._modules) in (["_orig_mod"], ["module"]):
-        model = next(model.children())
-    return model
 
 
 def gated_layers(model: nn.Module) -> dict[str, GatedLinear]:
@@ -424,7 +410,8 @@ def merge_adapters(model: nn.Module) -> None:
     layers, lost = gated_layers(model), 0.0         # the largest share of a layer's update that was rounded off
     for name, layer in layers.items():
         if layer.gate is not None:
-            raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name})")
+            raise UserError(f"a gated adapter cannot be merged: its weight differs from token to token ({name}); gatera "
+                            "runs it in transformers' model, README: 'In transformers'")
         if not hasattr(layer.update, "merged"):
             raise UserError(f"{model.adapter_config.method} cannot be merged: it is not one weight for all tokens")
     for layer in layers.values():
@@ -434,6 +421,7 @@ def merge_adapters(model: nn.Module) -> None:
         lost = max(lost, ((rounded - W).norm() / (W - W0).norm().clamp(min=1e-30)).item())
         layer.weight = nn.Parameter(rounded, requires_grad=False)
     remove_adapters(model)
+    untie_head(model)
     if lost > 0.05:
         warnings.warn(f"merging into {rounded.dtype} rounded off up to {100 * min(lost, 1):.0f} % of a layer's update; "
                       "load the base in float32")
@@ -489,7 +477,8 @@ def export_peft(model: nn.Module, directory) -> None:
         raise UserError("the model has no adapter to export")
     config, method = model.adapter_config, METHODS[model.adapter_config.method]
     if config.gate != "none":
-        raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently")
+        raise UserError(f"a {config.gate} gate cannot be exported: peft has no gates and would drop it silently; "
+                        "gatera runs it in transformers' model, README: 'In transformers'")
     if not hasattr(method, "PEFT"):
         raise UserError(f"{config.method} cannot be exported: peft has no such method")
     adapter = {name: dict(layer.update.named_parameters()) for name, layer in layers.items()}
@@ -501,5 +490,5 @@ def export_peft(model: nn.Module, directory) -> None:
 def peft_layers(model: nn.Module) -> dict[str, list[str]]:
     """{transformers' name of a linear layer, adapted or not: our names}."""
     model = unwrapped(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GatedLinear))]
+    names = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, GatedLinear)]
     return transformers_names(names, getattr(model, "config", None))

@@ -42,9 +42,16 @@ def check_adapter(fields: dict, methods: dict, gates: dict) -> None:
         raise UserError("adapter: " + "; ".join(wrong))
 
 
-def find_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, which torch.compile and DistributedDataParallel put into a module of their own."""
+    while list(model._modules) in (["_orig_mod"], ["module"]):
+        model = next(model.children())
+    return model
+
+
+def find_layers(model: nn.Module, targets: tuple[str, ...], r: int) -> dict[str, nn.Linear]:
     """{name: layer} of all layers that the targets name, in the order of the blocks. UserError for a target that names none,
-    and for a layer that is no nn.Linear, or a quantised one."""
+    for a layer that is no nn.Linear, or a quantised one, and for a rank r larger than the smaller side of its matrix."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UserError("the model has adapters of peft; load the base again, without them")
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
@@ -57,12 +64,15 @@ def find_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Line
     elif unfits := [name for name in chosen if unfit(chosen[name])]:
         wrong = (f"{unfits[0]} is a {unfit(chosen[unfits[0]])}, expected an nn.Linear with a floating-point weight; load a "
                  "quantised base without its quantisation")
-    if wrong and any(type(module).__name__ == "Conv1D" for module in leaves.values()):
+    if wrong and any(is_conv1d(module) for module in leaves.values()):
         wrong += (". It is made of Conv1D layers, as transformers' GPT-2 is, one of which is q, k and v together; load the "
                   "same weights into gatera's own GPT-2, which has a layer for each: "
                   "model.Transformer.from_pretrained(name or directory)")
     if wrong:
         raise UserError(f"targets: {wrong}")
+    smallest = min(min(layer.weight.shape) for layer in chosen.values())
+    if r > smallest:
+        raise UserError(f"r {r} is larger than the smallest adapted matrix side, {smallest}")
     return chosen
 
 
@@ -74,6 +84,24 @@ def unfit(module: nn.Module) -> str:
     W0 = module.weight
     plain = type(W0) is nn.Parameter and W0.is_floating_point() and W0.itemsize > 1
     return "" if plain else f"Linear whose weight is a {type(W0).__name__} of {W0.dtype}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' linear layer with its weight transposed, of which GPT-2 is made there."""
+    return type(module).__name__ == "Conv1D"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether peft's adapters may be for it."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def untie_head(model: nn.Module) -> None:
+    """Where merging has made a tied head a weight of its own, the config of a model of transformers says so: loading would tie
+    it again."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and model.get_output_embeddings() is not None:
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        model.config.tie_word_embeddings = head.weight is embeddings.weight
 
 
 # ----------------------------------------------------------------------------------------------------- on disk
