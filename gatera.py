@@ -35,10 +35,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from data.adapters import (check_adapter, fill, find_layers, is_linear, read_adapter, untie_head, unwrapped,
+from data.adapters import (check_adapter, fill, find_layers, peft_layers, read_adapter, untie_head, unwrapped,
                            write_adapter)
 from data.files import UserError
-from data.names import transformers_names
 from data.peft_format import write_peft
 
 
@@ -343,6 +342,8 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
     mask (B, T): True where a token is real. Returns a scalar; 0 for a model without gates. UserError in training if that
     forward kept no graph of the gates: the term would have no gradient, and nobody would notice.
     """
+    if isinstance(model, nn.DataParallel) and gate_parameters(model):
+        raise UserError("DataParallel's copies keep their gates to themselves; use DistributedDataParallel (torchrun)")
     gated = [layer for layer in gated_layers(model).values() if layer.gate_logit is not None]
     if not gated:
         return torch.zeros((), device=next(model.parameters()).device)
@@ -485,10 +486,3 @@ def export_peft(model: nn.Module, directory) -> None:
     weights = {name: model.get_submodule(name).weight for names in peft_layers(model).values() for name in names}
     write_peft(Path(directory), adapter, peft_layers(model), weights, method.PEFT, config.r, config.scaling,
                config.dropout, getattr(model, "hub_id", getattr(model, "name_or_path", None)))
-
-
-def peft_layers(model: nn.Module) -> dict[str, list[str]]:
-    """{transformers' name of a linear layer, adapted or not: our names}."""
-    model = unwrapped(model)
-    names = [name for name, module in model.named_modules() if is_linear(module) or isinstance(module, GatedLinear)]
-    return transformers_names(names, getattr(model, "config", None))

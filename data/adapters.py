@@ -1,7 +1,7 @@
 """What an adapter's settings may be, the layers of a model that they name, and its directory: adapter.safetensors with its
 tensors and adapter.json with its settings, or what peft wrote.
 
-gatera.py needs this module, files.py, names.py and peft_format.py, and nothing else of this project.
+gatera.py needs this module and the three that it imports, and nothing else of this project: README, "In transformers".
 """
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from data.files import UserError, is_number, misfits, read_json, read_tensors, reading, write_atomically, write_tensors
-from data.names import ends_in, llama_name, whole_name
+from data.names import ends_in, llama_name, transformers_names, whole_name
 from data.peft_format import read_peft
 
 # ------------------------------------------------------------------------------------------ settings and layers
@@ -91,9 +91,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether peft's adapters may be for it."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+def peft_layers(model: nn.Module) -> dict[str, list[str]]:
+    """{transformers' name of a layer that peft can adapt, adapted here or not: our names}."""
+    model = unwrapped(model)
+    names = [name for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) or hasattr(module, "gate_logit") or is_conv1d(module)]
+    return transformers_names(names, getattr(model, "config", None))
 
 
 def untie_head(model: nn.Module) -> None:

@@ -2,7 +2,9 @@
 one of the real class. What is missing on a machine is skipped with a reason."""
 import copy
 import json
+import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from data.weights import save_pretrained
 from gatera import (GATES, METHODS, AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products, export_peft,
                     gate_context, gate_entropy, gate_values, gated_layers, inject_adapters, load_adapter, merge_adapters,
                     save_adapter)
-from model import Transformer
+from model import Transformer, load_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="its models are tested here: pip install -r requirements-dev.txt")
 
@@ -132,10 +134,6 @@ def test_every_model_of_linear_layers_trains_generates_and_comes_back(method, fa
     assert torch.equal(logits(again), logits(model)) and not torch.equal(logits(again), base)
 
 
-def headless(family="llama"):
-    return fresh(family, transformers.AutoModel)
-
-
 def test_models_without_a_head_or_with_another_one_have_the_same_layers(llama, tmp_path):
     """LlamaModel has no `model.` before its layers' names."""
     theirs = {kind: getattr(transformers, kind).from_pretrained(llama).eval()
@@ -152,7 +150,7 @@ def test_models_without_a_head_or_with_another_one_have_the_same_layers(llama, t
     hidden = theirs["AutoModel"](IDS)[0]
     close(hidden, theirs["AutoModelForCausalLM"](IDS, output_hidden_states=True).hidden_states[-1], 0)
     with pytest.raises(UserError, match="no layer is named head; this model has down_proj"):
-        inject_adapters(headless(), AdapterConfig(targets=("head",)))
+        inject_adapters(fresh(kind=transformers.AutoModel), AdapterConfig(targets=("head",)))
 
 
 class Parallel(nn.Module):
@@ -437,3 +435,104 @@ def test_reentrant_checkpointing_is_refused(gate):
         layer.gate.requires_grad_(False)  # they do not learn
     logits(model)
     assert 0 < gate_entropy(model) < 0.7
+
+
+def test_the_copies_of_data_parallel_are_refused():
+    refused("use DistributedDataParallel", gate_entropy, nn.DataParallel(adapted()))
+    assert gate_entropy(nn.DataParallel(adapted(gate="none"))) == 0
+
+
+# ------------------------------------------------------------------------------------------- other programs
+
+def readme(language, word):
+    """The text of the block in README's section that holds a word."""
+    section = (ROOT / "README.md").read_text().partition("### In transformers")[2].partition("\n### ")[0]
+    return next(text for text in re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL) if word in text)
+
+
+def test_a_trainer_counts_the_entropy_term_once(tmp_path):
+    """README's: gradients of one batch, and of two half as large that are accumulated, are those of the plain loop."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it: pip install accelerate")
+    names = {}
+    exec(readme("python", "compute_loss"), names)
+    mask = torch.ones_like(IDS)
+    mask[:, -3:] = 0
+    rows = [{"input_ids": ids, "attention_mask": row, "labels": ids.where(row > 0, -100)} for ids, row in zip(IDS, mask)]
+    model = adapted().train()
+    loss, parameters = model(IDS, attention_mask=mask, labels=IDS.where(mask > 0, -100)).loss, [*adapter_state(model).values()]
+    without = torch.autograd.grad(loss, parameters, retain_graph=True)
+    expected = torch.autograd.grad(loss + 0.01 * gate_entropy(model, mask), parameters)
+    for accumulated in (1, 2):
+        again, found = adapted(), []
+        settings = transformers.TrainingArguments(
+            tmp_path, per_device_train_batch_size=2 // accumulated, gradient_accumulation_steps=accumulated, max_steps=1,
+            use_cpu=True, report_to=[], max_grad_norm=0, disable_tqdm=True, save_strategy="no", gradient_checkpointing=True)
+        trainer = names["GatedTrainer"](again, settings, train_dataset=rows)
+        optimizer = trainer.create_optimizer()
+        optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in adapter_state(again).values()))
+        trainer.train()
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected):
+            close(a, b, 1e-6)
+        assert max((a - b).abs().max() for a, b in zip(found, without)) > 1e-5
+        assert trainer.evaluate(rows)["eval_loss"] > 0
+
+
+def test_the_harness_scores_a_gated_adapter_as_we_do(llama, tmp_path):
+    """Log-likelihoods of choices, and whole rows that are written."""
+    pytest.importorskip("lm_eval", reason="it is another program: pip install lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    ours = Transformer.from_pretrained(llama)
+    inject_adapters(ours, AdapterConfig(r=4))
+    save_adapter(moved(ours), tmp_path)
+    load_adapter(model := transformers.AutoModelForCausalLM.from_pretrained(llama), tmp_path)
+    harness, tokenizer = HFLM(pretrained=model, tokenizer=str(llama), batch_size=2), load_tokenizer(llama)
+    pairs = [("then the hen", " in"), ("then the", " inner hen"), ("a", " b c")]
+    scores = harness.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    for (prompt, answer), (score, _) in zip(pairs, scores):
+        prompt, answer = tokenizer.encode(prompt), tokenizer.encode(answer)
+        logp = logits(ours, torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].log_softmax(-1)
+        assert score == pytest.approx(logp[range(len(answer)), answer].sum().item(), abs=1e-4)
+    asked = Instance("generate_until", {}, (pairs[0][0], {"until": ["#"], "max_gen_toks": 6, "do_sample": False}), 0)
+    written, = harness.generate_until([asked])
+    assert written == tokenizer.decode(ours.generate([tokenizer.encode(pairs[0][0])], 6, stop=tokenizer.eos)[0])
+
+
+ELSEWHERE = """
+import sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from gatera import AdapterConfig, adapter_state, export_peft, gate_entropy, inject_adapters, load_adapter, save_adapter
+
+def fresh():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                        num_attention_heads=2))
+
+model, ids = fresh(), torch.arange(20).view(2, 10)
+inject_adapters(model, AdapterConfig(r=4))
+optimizer = torch.optim.AdamW(adapter_state(model).values(), lr=1e-2)
+for _ in range(3):
+    (model(ids, labels=ids).loss + gate_entropy(model)).backward()
+    optimizer.step()
+save_adapter(model, "adapter")
+load_adapter(again := fresh(), "adapter")
+assert torch.equal(again(ids).logits, model(ids).logits) and not torch.equal(fresh()(ids).logits, model(ids).logits)
+inject_adapters(plain := fresh(), AdapterConfig("lora", "none", r=4))
+export_peft(plain, "peft")
+load_adapter(fresh(), "peft")
+print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("data", "gatera", "model")))
+"""
+
+
+def test_gatera_works_elsewhere_with_the_files_that_README_names(tmp_path):
+    first, names = re.search(r"copy `(gatera.py)` and `data/\{(.*?)\}.py`", (ROOT / "README.md").read_text()).groups()
+    (tmp_path / "data").mkdir()
+    for file in (first, *(f"data/{name}.py" for name in names.split(","))):
+        shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / "program.py").write_text(ELSEWHERE)
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["data", *(f"data.{name}" for name in names.split(",")[1:]), "gatera"]  # no more, no less
