@@ -57,19 +57,19 @@ def find_layers(model: nn.Module, targets: tuple[str, ...], r: int) -> dict[str,
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
     found = {target: [name for name in leaves if ends_in(whole_name(name), llama_name(target))] for target in targets}
     chosen = {name: module for name, module in leaves.items() if any(name in names for names in found.values())}
-    wrong = ""
+    wrong = hint = ""
     if unknown := [target for target, names in found.items() if not names]:
         linears = sorted({name.rpartition(".")[2] for name, module in leaves.items() if not unfit(module)})
         wrong = f"no layer is named {', '.join(unknown)}; this model has {', '.join(linears) or 'no nn.Linear'}"
     elif unfits := [name for name in chosen if unfit(chosen[name])]:
-        wrong = (f"{unfits[0]} is a {unfit(chosen[unfits[0]])}, expected an nn.Linear with a floating-point weight; load a "
-                 "quantised base without its quantisation")
-    if wrong and any(is_conv1d(module) for module in leaves.values()):
-        wrong += (". It is made of Conv1D layers, as transformers' GPT-2 is, one of which is q, k and v together; load the "
-                  "same weights into gatera's own GPT-2, which has a layer for each: "
-                  "model.Transformer.from_pretrained(name or directory)")
+        wrong = f"{unfits[0]} is a {unfit(chosen[unfits[0]])}, expected an nn.Linear with a floating-point weight"
+        hint = "; load the base without quantisation and offloading"
+    if any(is_conv1d(module) for module in leaves.values()):
+        hint = (". It is made of Conv1D layers, as transformers' GPT-2 is, and one is q, k and v together; load the same "
+                "weights into gatera's own GPT-2, which has a layer for each: model.Transformer.from_pretrained(name or "
+                "directory)")
     if wrong:
-        raise UserError(f"targets: {wrong}")
+        raise UserError(f"targets: {wrong}{hint}")
     smallest = min(min(layer.weight.shape) for layer in chosen.values())
     if r > smallest:
         raise UserError(f"r {r} is larger than the smallest adapted matrix side, {smallest}")
@@ -82,6 +82,8 @@ def unfit(module: nn.Module) -> str:
     if type(module) is not nn.Linear:
         return type(module).__name__
     W0 = module.weight
+    if W0.is_meta and hasattr(module, "_hf_hook"):
+        return "Linear whose weight accelerate has offloaded"
     plain = type(W0) is nn.Parameter and W0.is_floating_point() and W0.itemsize > 1
     return "" if plain else f"Linear whose weight is a {type(W0).__name__} of {W0.dtype}"
 

@@ -38,7 +38,7 @@ FAMILIES = {"llama": {}, "qwen2": {}, "mistral": {}, "gemma": dict(head_dim=8), 
 
 def fresh(family="llama", kind=None, **options):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES[family] | options)
+    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES.get(family, {}) | options)
     return (kind or transformers.AutoModelForCausalLM).from_config(config).eval()
 
 
@@ -239,10 +239,19 @@ def test_quantised_layers_are_refused(message):
     for name, module in list(model.named_modules()):
         if name.endswith(("q_proj", "v_proj")):
             model.set_submodule(name, QUANTISED[message](module))
-    refused(f"targets: model.layers.0.self_attn.{message}.*, expected an nn.Linear .*without its quantisation",
+    refused(f"targets: model.layers.0.self_attn.{message}.*, expected an nn.Linear .*without quantisation",
             inject_adapters, model, AdapterConfig(r=4))
     assert not gated_layers(model) and model.lm_head.weight.requires_grad
     inject_adapters(model, AdapterConfig(r=4, targets=("up_proj",)))  # which is an nn.Linear
+
+
+def test_offloaded_layers_are_refused():
+    accelerate = pytest.importorskip("accelerate", reason="it moves weights away and back: pip install accelerate")
+    model = accelerate.cpu_offload(fresh(), execution_device=torch.device("cpu"))
+    refused("q_proj is a Linear whose weight accelerate has offloaded, .*without quantisation and offloading",
+            inject_adapters, model, AdapterConfig(r=4))
+    with torch.device("meta"):  # shapes alone
+        inject_adapters(fresh(), AdapterConfig(r=4))
 
 
 def test_layers_that_only_lend_their_weight_are_refused():
@@ -325,7 +334,8 @@ def test_gates_that_read_different_tokens():
 
 @pytest.mark.parametrize("family, options, targets", [
     ("llama", {}, ("q_proj", "up_proj")), ("qwen2", {}, ("k_proj", "down_proj")), ("mistral", {}, ("o_proj", "gate_proj")),
-    ("gemma", {}, ("q_proj", "v_proj")), ("llama", {}, ("lm_head", "v_proj")),
+    ("gemma", {}, ("q_proj", "v_proj")), ("gptj", dict(rotary_dim=8), ("q_proj", "fc_in")),
+    ("llama", {}, ("lm_head", "v_proj")),
     ("llama", dict(tie_word_embeddings=True), ("lm_head", "v_proj")), ("gemma", {}, ("lm_head",))], ids=str)
 @pytest.mark.parametrize("method", PEFTS)
 @pytest.mark.filterwarnings("ignore")  # peft's own
@@ -333,6 +343,7 @@ def test_exports_load_in_peft(method, family, options, targets, tmp_path):
     peft = pytest.importorskip("peft", reason="it reads what is exported: pip install -r requirements-dev.txt")
     model = adapted(method, "none", family, targets=targets, **options)
     export_peft(model, tmp_path)
+    assert not json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
     reference = peft.PeftModel.from_pretrained(fresh(family, **options), tmp_path).eval()
     close(logits(reference), logits(model))
     assert (logits(model) - logits(fresh(family, **options))).abs().max() > 1e-3
