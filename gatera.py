@@ -110,8 +110,8 @@ class GatedLinear(nn.Module):
                 z = self.gate(x, **self.context)                                    # w_g . x + b_g: (N, 1)
                 g = torch.sigmoid(z)
             y = y + self.update(x, g, W0=self.weight, b=self.bias, y=y)             # + g * Delta(x)
-        # A forward within a backward is checkpointing's second one. The first one's z stays, which the loss has seen: the
-        # second's graph would hold the activations, and save no memory.
+        # A forward within a backward is checkpointing's second one. The first one's z stays, which the loss has seen:
+        # the second's graph would hold the activations, and save no memory.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self.gate_logit = None if z is None else z.view(*leading, 1)
         return y.view(*leading, -1)
@@ -349,8 +349,8 @@ def gate_entropy(model: nn.Module, mask: torch.Tensor | None = None) -> torch.Te
         return torch.zeros((), device=next(model.parameters()).device)
     if torch.is_grad_enabled() and any(layer.training and not layer.gate_logit.requires_grad
                                        and any(p.requires_grad for p in layer.gate.parameters()) for layer in gated):
-        raise UserError("the entropy of these gates has no gradient: their forward ran under no_grad, or inside reentrant "
-                        "checkpointing, which needs use_reentrant=False")
+        raise UserError("the entropy of these gates has no gradient: their forward ran under no_grad, or inside "
+                        "reentrant checkpointing, which has to be use_reentrant=False")
     logits = [layer.gate_logit for layer in gated]
     if len({z.shape for z in logits}) > 1:  # as where a head reads the last token alone, or an expert some tokens
         if mask is not None:

@@ -1,5 +1,5 @@
-"""What an adapter's settings may be, the layers of a model that they name, and its directory: adapter.safetensors with its
-tensors and adapter.json with its settings, or what peft wrote.
+"""What an adapter's settings may be, the layers of a model that they name, and its directory: adapter.safetensors with
+its tensors and adapter.json with its settings, or what peft wrote.
 
 gatera.py needs this module and the three that it imports, and nothing else of this project: README, "In transformers".
 """
@@ -50,8 +50,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def find_layers(model: nn.Module, targets: tuple[str, ...], r: int) -> dict[str, nn.Linear]:
-    """{name: layer} of all layers that the targets name, in the order of the blocks. UserError for a target that names none,
-    for a layer that is no nn.Linear, or a quantised one, and for a rank r larger than the smaller side of its matrix."""
+    """{name: layer} of all layers that the targets name, in the order of the blocks. UserError for a target that names
+    none, for a layer that is no nn.Linear, or a quantised one, and for a rank r larger than the smaller side of one."""
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UserError("the model has adapters of peft; load the base again, without them")
     leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
@@ -65,9 +65,9 @@ def find_layers(model: nn.Module, targets: tuple[str, ...], r: int) -> dict[str,
         wrong = f"{unfits[0]} is a {unfit(chosen[unfits[0]])}, expected an nn.Linear with a floating-point weight"
         hint = "; load the base without quantisation and offloading"
     if any(is_conv1d(module) for module in leaves.values()):
-        hint = (". It is made of Conv1D layers, as transformers' GPT-2 is, and one is q, k and v together; load the same "
-                "weights into gatera's own GPT-2, which has a layer for each: model.Transformer.from_pretrained(name or "
-                "directory)")
+        hint = (". It is made of Conv1D layers, as transformers' GPT-2 is, and one is q, k and v together; load the "
+                "same weights into gatera's own GPT-2, which has a layer for each: "
+                "model.Transformer.from_pretrained(name or directory)")
     if wrong:
         raise UserError(f"targets: {wrong}{hint}")
     smallest = min(min(layer.weight.shape) for layer in chosen.values())
@@ -77,14 +77,15 @@ def find_layers(model: nn.Module, targets: tuple[str, ...], r: int) -> dict[str,
 
 
 def unfit(module: nn.Module) -> str:
-    """What a module is, if it does not compute W0 x + b with a W0 of plain numbers; else "". A subclass of nn.Linear or of
-    nn.Parameter may be anything, and those of quantised models are."""
+    """What a module is, if it does not compute W0 x + b with a W0 of plain numbers; else "". A subclass of nn.Linear or
+    of nn.Parameter may be anything, and those of quantised models are."""
     if type(module) is not nn.Linear:
         return type(module).__name__
     W0 = module.weight
     if W0.is_meta and hasattr(module, "_hf_hook"):
         return "Linear whose weight accelerate has offloaded"
-    plain = type(W0) is nn.Parameter and W0.is_floating_point() and W0.itemsize > 1
+    plain = type(W0).__name__ in ("Parameter", "FakeTensor")  # the latter is torch's, for planning without memory
+    plain = plain and W0.is_floating_point() and W0.itemsize > 1
     return "" if plain else f"Linear whose weight is a {type(W0).__name__} of {W0.dtype}"
 
 
@@ -102,11 +103,11 @@ def peft_layers(model: nn.Module) -> dict[str, list[str]]:
 
 
 def untie_head(model: nn.Module) -> None:
-    """Where merging has made a tied head a weight of its own, the config of a model of transformers says so: loading would tie
-    it again."""
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False) and model.get_output_embeddings() is not None:
+    """Where merging has made a tied head a weight of its own, the config of a model of transformers says so: loading
+    would tie it again."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        model.config.tie_word_embeddings = head.weight is embeddings.weight
+        model.config.tie_word_embeddings = head is None or head.weight is embeddings.weight
 
 
 # ----------------------------------------------------------------------------------------------------- on disk

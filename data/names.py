@@ -1,8 +1,8 @@
 """Names of layers, ours and transformers'.
 
 Ours are the same for GPT-2 and Llama: blocks.0.attn.q_proj, blocks.0.mlp.up_proj, head. transformers calls them
-transformer.h.0.attn.c_attn (q, k and v in one) and transformer.h.0.mlp.c_fc in GPT-2, model.layers.0.self_attn.q_proj and
-model.layers.0.mlp.up_proj in Llama, lm_head in both.
+transformer.h.0.attn.c_attn (q, k and v in one), transformer.h.0.mlp.c_fc and lm_head in GPT-2, and in Llama
+model.layers.0.self_attn.q_proj, model.layers.0.mlp.up_proj and lm_head.
 """
 
 GPT2_NAMES = {"wte": "embed", "wpe": "position_embed", "ln_f": "norm", "ln_1": "attn_norm", "ln_2": "mlp_norm",
@@ -43,7 +43,7 @@ def llama_name(name: str) -> str:
 
 
 def whole_name(name: str) -> str:
-    """The name that a layer or tensor has in transformers' LlamaForCausalLM, given its name there, in ours, in a LlamaModel
+    """The name of a layer or tensor in transformers' LlamaForCausalLM, given its name there, in ours, in a LlamaModel
     without a head, or in blocks that torch.compile has wrapped; other names stay."""
     name = llama_name(name.replace("_orig_mod.", ""))
     return f"model.{name}" if name.startswith("layers.") else name

@@ -1,5 +1,5 @@
-"""Adapters in the models of transformers: there and back, and all that gatera.py does to a model. Each model is a tiny random
-one of the real class. What is missing on a machine is skipped with a reason."""
+"""Adapters in the models of transformers: there and back, and all that gatera.py does to a model. Each model is a tiny
+random one of the real class. What is missing on a machine is skipped with a reason."""
 import copy
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from conftest import VOCAB, write_gpt2, write_llama
+from conftest import VOCAB
 from data.files import UserError
 from data.weights import save_pretrained
 from gatera import (GATES, METHODS, AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products, export_peft,
@@ -24,7 +24,7 @@ from gatera import (GATES, METHODS, AdapterConfig, GatedLinear, adapter_state, a
                     save_adapter)
 from model import Transformer, load_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="its models are tested here: pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="its models are adapted: pip install -r requirements-dev.txt")
 
 ROOT = Path(__file__).parents[1]
 IDS = torch.randint(0, VOCAB - 1, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,8 @@ EVERY = [(method, gate) for method in METHODS for gate in GATES]
 every = pytest.mark.parametrize("method, gate", EVERY, ids=["-".join(pair) for pair in EVERY])
 PEFTS = [name for name, method in METHODS.items() if hasattr(method, "PEFT")]
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, initializer_range=0.15, bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1, pad_token_id=VOCAB - 1)
+             num_key_value_heads=2, initializer_range=0.15, bos_token_id=VOCAB - 1, eos_token_id=VOCAB - 1,
+             pad_token_id=VOCAB - 1)
 FAMILIES = {"llama": {}, "qwen2": {}, "mistral": {}, "gemma": dict(head_dim=8), "qwen3": dict(head_dim=8)}
 
 
@@ -257,8 +258,8 @@ def test_offloaded_layers_are_refused():
 def test_layers_that_only_lend_their_weight_are_refused():
     """nn.MultiheadAttention never calls its out_proj."""
     model = nn.TransformerEncoderLayer(16, 2)
-    refused("out_proj is a NonDynamicallyQuantizableLinear", inject_adapters, model, AdapterConfig(r=4, targets=("out_proj",)))
-    refused("norm1 is a LayerNorm", inject_adapters, model, AdapterConfig(r=4, targets=("norm1",)))
+    for layer, kind in ("out_proj", "NonDynamicallyQuantizableLinear"), ("norm1", "LayerNorm"):
+        refused(f"{layer} is a {kind}", inject_adapters, model, AdapterConfig(r=4, targets=(layer,)))
 
 
 def test_gpt2_is_refused_and_says_where_it_works(gpt2, tmp_path):
@@ -268,7 +269,7 @@ def test_gpt2_is_refused_and_says_where_it_works(gpt2, tmp_path):
     export_peft(ours, tmp_path / "peft")
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
     before, way_out = logits(model), "Conv1D.*model.Transformer.from_pretrained"
-    refused(f"no layer is named q_proj, .*this model has lm_head. .*{way_out}", inject_adapters, model, AdapterConfig(r=4))
+    refused(f"named q_proj, .*this model has lm_head. .*{way_out}", inject_adapters, model, AdapterConfig(r=4))
     refused(f"c_attn is a Conv1D, .*{way_out}", inject_adapters, model, AdapterConfig(r=4, targets=("c_attn",)))
     for directory in ("ours", "peft"):
         refused(f"{directory}/adapter.*: targets: .*{way_out}", load_adapter, model, tmp_path / directory)
@@ -366,7 +367,8 @@ def test_a_merged_model_is_a_plain_one(method, family, options, targets, tmp_pat
     close(logits(model), expected)
     assert torch.equal(model.get_input_embeddings().weight, embeddings)
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] == (tied and "lm_head" not in targets)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["tie_word_embeddings"] == (tied and "lm_head" not in targets)
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()) and type(loaded) is type(model)
     close(logits(loaded.eval()), expected)
@@ -468,16 +470,18 @@ def test_a_trainer_counts_the_entropy_term_once(tmp_path):
     exec(readme("python", "compute_loss"), names)
     mask = torch.ones_like(IDS)
     mask[:, -3:] = 0
-    rows = [{"input_ids": ids, "attention_mask": row, "labels": ids.where(row > 0, -100)} for ids, row in zip(IDS, mask)]
+    batch = {"input_ids": IDS, "attention_mask": mask, "labels": IDS.where(mask > 0, -100)}
+    rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(2)]
     model = adapted().train()
-    loss, parameters = model(IDS, attention_mask=mask, labels=IDS.where(mask > 0, -100)).loss, [*adapter_state(model).values()]
+    loss, parameters = model(**batch).loss, list(adapter_state(model).values())
     without = torch.autograd.grad(loss, parameters, retain_graph=True)
     expected = torch.autograd.grad(loss + 0.01 * gate_entropy(model, mask), parameters)
     for accumulated in (1, 2):
         again, found = adapted(), []
         settings = transformers.TrainingArguments(
-            tmp_path, per_device_train_batch_size=2 // accumulated, gradient_accumulation_steps=accumulated, max_steps=1,
-            use_cpu=True, report_to=[], max_grad_norm=0, disable_tqdm=True, save_strategy="no", gradient_checkpointing=True)
+            tmp_path, per_device_train_batch_size=2 // accumulated, gradient_accumulation_steps=accumulated,
+            max_steps=1, max_grad_norm=0, gradient_checkpointing=True, use_cpu=True, report_to=[], disable_tqdm=True,
+            save_strategy="no")
         trainer = names["GatedTrainer"](again, settings, train_dataset=rows)
         optimizer = trainer.create_optimizer()
         optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in adapter_state(again).values()))
@@ -546,4 +550,4 @@ def test_gatera_works_elsewhere_with_the_files_that_README_names(tmp_path):
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["data", *(f"data.{name}" for name in names.split(",")[1:]), "gatera"]  # no more, no less
+    assert done.stdout.split() == ["data", *(f"data.{name}" for name in names.split(",")[1:]), "gatera"]  # and no more
