@@ -135,6 +135,11 @@ def is_one_file(data: str | Path) -> bool:
     return Path(data).suffix in (".json", ".jsonl")
 
 
+def usual_split(data: str | Path) -> str:
+    """What eval.py scores: the test set, which one file has not."""
+    return "val" if is_one_file(data) else "test"
+
+
 def file_of(task: str, split: str, out: str | Path = DEFAULT) -> Path:
     return Path(out) if is_one_file(out) else Path(out) / task / f"{'train' if split == 'val' else split}.jsonl"
 
