@@ -26,6 +26,7 @@ Writes results.json and predictions.jsonl (a line for each question), by default
 evaluation that was interrupted goes on where it was when started again.
 """
 import hashlib
+import math
 import os
 import platform
 import re
@@ -105,6 +106,9 @@ def rank_choices(model, tokenizer, records: list[dict], form: str, max_len: int)
     predictions = []
     for record, of_record in zip(records, questions):
         sums = [score for _ in of_record for score in next(scores)]
+        if any(map(math.isnan, sums)):
+            raise UserError(f"a log-likelihood is nan, of {record['task']}'s {record['question']!r}: the weights are broken "
+                            "or overflow; try --dtype float32")
         # A choice's characters as lm-evaluation-harness counts them: without the space that joins it to the question,
         # with all others. BoolQ's yes and no are labels: 3 letters against 2 would favour "no", and its accuracy is
         # quoted without.

