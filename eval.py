@@ -404,7 +404,7 @@ def parse(argv: list[str]) -> Settings:
 def compare_runs(c: Settings) -> dict:
     """eval.py --compare: one table, printed, returned and kept in compare.json, with a picture of the runs' losses."""
     out = Path(c.out or "out/compare")
-    result = compare(c.compare, task_names(c.tasks or "all"), c)
+    result = compare(c.compare, [] if c.tasks in ("", "all") else task_names(c.tasks), c)
     training = read_training({run: run for group in c.compare for run in runs_of(group)})
     files = ["compare.json", *(["losses.png"] if training else [])]
     with renewed(out, files, result, same=("runs",)):

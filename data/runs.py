@@ -156,7 +156,7 @@ def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
           f"trainable, {100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
           f"{facts['dtype'].removeprefix('torch.')}"
           + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
-    forms = {"instructions" if is_free(record) else f"{c['form']} form": None for record in training}
+    forms = {"instruction data" if is_free(record) else f"{c['form']} form": None for record in training}
     tasks = ", ".join(task_names(c["tasks"], c["data"] or DEFAULT))
     print(f"{len(training):,} training and {n_validation} validation records of {tasks}, {' and '.join(forms)}; loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
 
