@@ -43,8 +43,8 @@ def to_record(task: str, raw: object, template: str = "") -> dict:
     fields = next((fields for fields in INSTRUCTIONS if fields[0] in raw and fields[2] in raw), None)
     if fields:
         instruction, given, answer = (raw.get(name) for name in fields)
-        prompt = fill(template, text_of(instruction, fields[0]), text_of("" if given is None else given, fields[1], may_be_empty=True))
-        answer = text_of(answer, fields[2])
+        given = text_of("" if given is None else given, fields[1], may_be_empty=True)
+        prompt, answer = fill(template, text_of(instruction, fields[0]), given), text_of(answer, fields[2])
     elif "prompt" in raw and "completion" in raw:  # as they stand: nothing is added, no space between them either
         prompt, answer = text_of(raw["prompt"], "prompt"), text_of(raw["completion"], "completion")
     elif "messages" in raw:
@@ -59,8 +59,9 @@ def record_problem(task: str, record: object) -> str | None:
     """What is wrong with a multiple-choice record of this task, or None."""
     if not isinstance(record, dict):
         return "expected an object with task, question, choices and label"
-    missing = [key for key in ("task", "question", "choices", "label") if key not in record]
-    if missing not in ([], ["task"]):
+    named = ("task",) if task in TABLE else ()
+    missing = [key for key in (*named, "question", "choices", "label") if key not in record]
+    if missing not in ([], ["task"]):  # the task is the name of the directory
         return f"no {' and no '.join(missing)}"
     question, choices, label = record["question"], record["choices"], record["label"]
     if record.get("task", task) != task:
