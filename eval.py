@@ -1,4 +1,5 @@
-"""Evaluates a base model or a trained run on the commonsense tasks, compares runs, and shows what the gates do.
+"""Evaluates a base model or a trained run on the commonsense tasks, GSM8K or your own data, compares runs, and shows what
+the gates do.
 
     python eval.py --run out/quickstart                                   # the run's own tasks and form
     python eval.py --init smollm2-135m --tasks all --protocol generate --limit 100
@@ -204,8 +205,9 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, records: list[dict], prot
                 new = score_answers(model, tokenizer, part, protocol, max_len)
             else:
                 new = rank_choices(model, tokenizer, part, protocol, max_len)
-            new = {i: {"task": record["task"], "index": i} | {k: record[k] for k in ["label"] if k in record} | prediction
-                   for i, (record, prediction) in enumerate(zip(part, new), start) if i in missing}
+            labels = [{} if is_free(record) else {"label": record["label"]} for record in part]
+            new = {i: {"task": record["task"], "index": i} | label | prediction
+                   for i, (record, label, prediction) in enumerate(zip(part, labels, new), start) if i in missing}
             predictions |= new
             if file is not None:
                 file.write(json_lines(new.values()))
@@ -346,7 +348,7 @@ class Settings:
     adapter: str = "best"           # which of the run's adapters
     init: str = ""                  # a base model, as in train.py; with --run the run's own
     # on what
-    tasks: str = ""                 # all, or some of boolq,piqa,...; default the run's own, or all
+    tasks: str = ""                 # all, or some of boolq,piqa,...,gsm8k, or of --data's; default the run's own, or all
     split: str = ""                 # test, or val: what train.py leaves out of training sets; default test, of a file val
     limit: int = 0                  # the first so many questions of each task; 0: all
     data: str = ""                  # yours, as for train.py; default the run's, or data/commonsense

@@ -1,8 +1,9 @@
-"""Trains gated adapters on the commonsense tasks: one plain loop.
+"""Trains gated adapters on the commonsense tasks, GSM8K, or your own data: one plain loop.
 
     python train.py --preset quickstart               # minutes on a laptop
     python train.py --init gpt2-medium --peft gatera  # the paper's recipe
     python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
+    python train.py --init smollm2-135m --data my.jsonl   # instruction data
 
     python train.py --resume out/quickstart           # a stopped run goes on
     torchrun --nproc_per_node=4 -- train.py --init gpt2-medium   # 4 processes
@@ -74,7 +75,7 @@ class Config:
     skip_closed: float = 0.0        # HiRA, token gate: tokens with a gate up to this skip the update; 0: none do
     gate_lr: float = 0.0            # learning rate of the gates; 0: the same as lr
     # data
-    tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
+    tasks: str = "all"              # some, with commas between; all: commonsense_170k's eight, or all that --data has
     form: str = "label"             # label (the papers' instruction) or cloze (the answer's own words)
     data: str = ""                  # yours: a directory of <name>/train.jsonl and test.jsonl, or one .jsonl or .json file
     template: str = ""              # instruction data's prompt, with {instruction} and {input}, or a file with it

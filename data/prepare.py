@@ -203,14 +203,22 @@ def task_names(text: str, data: str | Path = DEFAULT) -> list[str]:
     return data_sets(data) if text == "all" else [task.strip() for task in text.split(",")]
 
 
+def data_problem(data: str | Path) -> str | None:
+    """What is wrong with --data, or None."""
+    path, expected = Path(data), "a directory of <name>/train.jsonl and test.jsonl, or one .jsonl or .json file"
+    if not path.exists():
+        return f"--data {data}: no such file or directory; expected records: {expected}"
+    if path.is_dir() != is_one_file(data) and data_sets(data):
+        return None
+    inside = f"; for those in it pass --data {path.absolute().parent}" if any(path.glob("t*.jsonl")) else ""
+    return f"--data {data}: no records there; expected {expected}{inside}"
+
+
 def task_problems(text: str, data: str | Path = DEFAULT) -> list[str]:
     """What is wrong with --data, or with the tasks that --tasks or a run's config.json names, one text or none."""
+    if Path(data) != DEFAULT and (problem := data_problem(data)):
+        return [problem]
     known = KNOWN if Path(data) == DEFAULT else data_sets(data)
-    expected = "expected records: a directory of <name>/train.jsonl and test.jsonl, or one .jsonl or .json file"
-    if Path(data) != DEFAULT and not Path(data).exists():
-        return [f"--data {data}: no such file or directory; {expected}"]
-    if not known or Path(data).is_file() and not is_one_file(data):
-        return [f"--data {data}: none in it; {expected}"]
     tasks = task_names(text, data)
     if unknown := [task for task in tasks if task not in known]:
         return [f"--tasks {', '.join(unknown).strip(' ,') or text}: expected all or some of {', '.join(known)}"]

@@ -217,8 +217,11 @@ def test_names_are_those_of_directories_or_of_the_file(mixed, tmp_path, capsys):
     assert "quiz" in prepare.data_sets(mixed)
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.csv").touch()
+    (tmp_path / "a.json").mkdir()
     for data, problem in (("nodir", "--data nodir: no such file or directory; expected records: a directory of <name>/train"),
-                          (tmp_path / "empty", "none in it; expected records"), (tmp_path / "words.csv", "none in it")):
+                          (tmp_path / "empty", "no records there; expected a directory"), (tmp_path / "words.csv", "no records there"),
+                          (mixed / "quiz", f"; for those in it pass --data {mixed}"),
+                          (tmp_path / "a.json", "no records there")):
         wrong, = prepare.task_problems("all", data)
         assert problem in wrong
     assert prepare.task_problems("quiz,arc", mixed) == [
