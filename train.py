@@ -1,8 +1,9 @@
-"""Trains gated adapters on the commonsense tasks: one plain loop.
+"""Trains gated adapters on the commonsense tasks, GSM8K, or your own data: one plain loop.
 
     python train.py --preset quickstart               # minutes on a laptop
     python train.py --init gpt2-medium --peft gatera  # the paper's recipe
     python train.py --init gpt2-medium --peft lora --gate token --lr 3e-4
+    python train.py --init smollm2-135m --data my.jsonl   # instruction data
 
     python train.py --resume out/quickstart           # a stopped run goes on
     torchrun --nproc_per_node=4 -- train.py --init gpt2-medium   # 4 processes
@@ -21,6 +22,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import signal
 import sys
 import time
@@ -39,8 +41,9 @@ from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
 from data.files import UserError, fingerprint, is_out_of_memory, reading, unwritable
-from data.prepare import (DEFAULT, check_records, count_repeated, hold_out, line_numbers, load_records, prepare, task_names,
-                          task_problems)
+from data.own import read_template
+from data.prepare import (DEFAULT, check_records, count_repeated, has_test, hold_out, line_numbers, load_records, prepare,
+                          task_names, task_problems)
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
 from data.runs import Progress, Run, Signals, clock, introduce
@@ -72,9 +75,10 @@ class Config:
     skip_closed: float = 0.0        # HiRA, token gate: tokens with a gate up to this skip the update; 0: none do
     gate_lr: float = 0.0            # learning rate of the gates; 0: the same as lr
     # data
-    tasks: str = "all"              # training tasks, with commas between; all eight are commonsense_170k
+    tasks: str = "all"              # some, with commas between; all: commonsense_170k's eight, or all that --data has
     form: str = "label"             # label (the papers' instruction) or cloze (the answer's own words)
-    data: str = ""                  # directory of <task>/{train,test}.jsonl; default data/commonsense, made if need be
+    data: str = ""                  # yours: a directory of <name>/train.jsonl and test.jsonl, or one .jsonl or .json file
+    template: str = ""              # instruction data's prompt, with {instruction} and {input}, or a file with it
     max_len: int = 512              # tokens of a prompt with its answer; a longer prompt loses its start
     limit: int = 0                  # the first so many training records of each task; 0: all
     # optimisation
@@ -123,6 +127,8 @@ def adapter_config(c: Config) -> AdapterConfig:
 def parse(argv: list[str]) -> Config:
     """Flags -> Config. UserError lists everything that is wrong with them at once."""
     given, wrong = read_flags(Config, argv, __doc__, CHOICES)
+    if "template" in given:
+        given["template"] = read_template(given["template"])
     changed = {name for name in given if name in MAY_CHANGE}
     recorded = read_settings(Path(given["resume"]), Config, changed) if "resume" in given else {}
     wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
@@ -162,7 +168,7 @@ def check(c: Config) -> list[str]:
     rules += [(getattr(c, name) in ("", *choices),
                f"{flag(name)} {getattr(c, name)}: expected one of {', '.join(choices)}")
               for name, choices in CHOICES.items()]
-    wrong = [message for is_fine, message in rules if not is_fine] + task_problems(c.tasks) + device_problems(c.device)
+    wrong = [message for is_fine, message in rules if not is_fine] + task_problems(c.tasks, c.data or DEFAULT) + device_problems(c.device)
     if problem := unwritable(Path(c.out)) if c.resume else unusable(Path(c.out)):
         wrong.append(f"--out {problem}")
     try:
@@ -178,15 +184,16 @@ def check(c: Config) -> list[str]:
 def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]:
     """(training, validation, test) records: the tasks' training sets without what data/prepare.py holds out of them,
     as many of the held-out records as --validation wants, and test records by task."""
-    tasks, data = task_names(c.tasks), c.data or DEFAULT
+    data = c.data or DEFAULT
+    tasks = task_names(c.tasks, data)
     if not c.data:
         prepare(tasks, ("train", "test") if c.test else ("train",))
     training, held_out = [], []
     for task in tasks:
-        kept, held = hold_out(load_records(task, "train", data))
+        kept, held = hold_out(load_records(task, "train", data, c.template))
         training += kept[:c.limit or None]
         held_out += held
-    test = {task: load_records(task, "test", data)[:c.test] for task in tasks} if c.test else {}
+    test = {task: load_records(task, "test", data, c.template)[:c.test] for task in tasks} if c.test else {}
     if not training:
         raise UserError(f"{len(held_out)} training records leave none beside those held out for validation")
     if len(held_out) < c.validation:
@@ -234,7 +241,7 @@ def load_batches(records: list[dict], encode, c: Config, team: Team, first: int,
 
 def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
     """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
-    found = line_numbers([records[number] for number in numbers], "train", c.data or DEFAULT)
+    found = line_numbers([records[number] for number in numbers], "train", c.data or DEFAULT, c.template)
     return "; ".join(f"{task} {', '.join(map(str, lines))}" for task, lines in found.items())
 
 
@@ -252,7 +259,7 @@ def load_inputs(c: Config, team: Team):
             raise UserError(f"--max-len {c.max_len}: expected no more than the base's context of {context}")
         training, validation, test = load_data(c)
         for records, split in ((training + validation, "train"), (sum(test.values(), []), "test")):
-            check_records(records, split, c.form, tokenizer, c.max_len, c.data or DEFAULT)
+            check_records(records, split, c.form, tokenizer, c.max_len, c.data or DEFAULT, c.template)
         steps = c.max_steps or c.epochs * math.ceil(len(training) / c.batch)
         if c.warmup >= steps:
             raise UserError(f"--warmup {c.warmup}: expected less than the {steps} steps of the run")
@@ -353,7 +360,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
     autocast = torch.autocast(team.device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(team.device.type, enabled=dtype == torch.float16)  # idle in the other dtypes
     facts = run_facts(c, steps, [train_records, validation_records], model, dtype, team)
-    introduce(facts, len(train_records), len(validation))
+    introduce(facts, train_records, len(validation))
     saved = start(run, facts, c, model, optimizer, scaler, team)
     first = saved.get("step", 0)
     data = load_batches(train_records, encode, c, team, first, steps)
@@ -472,17 +479,23 @@ def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], pro
     results = {"steps": progress.steps, "best_validation_loss": progress.best if c.validation else None,
                "seconds": seconds, "tasks": scores}
     run.write("training.json", results)
-    print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with: "
-          f"python eval.py --run {c.out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
+    scoring = ["python", "eval.py", "--run", c.out, "--tasks", c.tasks, *(["--data", c.data] if c.data else [])]
+    if not all(has_test(task, c.data or DEFAULT) for task in task_names(c.tasks, c.data or DEFAULT)):
+        scoring += ["--split", "val"]  # the part that no step has trained on
+    print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with: {shlex.join(scoring)}")
     return results
 
 
 def scores_before_and_after(model, tokenizer, task: str, records: list[dict], c: Config, quiet: bool) -> dict:
-    """{"acc" and "acc_norm": {"before", "after" training}}, in percent."""
+    """{"acc" and "acc_norm": {"before", "after" training}}, in percent; of free answers, "loss" and "perplexity"."""
     print(f"{task}: scoring {len(records)} test questions without and with the adapters", flush=True)
     with adapters_off(model):  # the frozen base is what it was
         before = evaluate(model, tokenizer, records, c.form, c.max_len, quiet)
     after, name = evaluate(model, tokenizer, records, c.form, c.max_len, quiet), accuracy_key(c.form)
+    if "loss" in after:
+        print(f"{task}: perplexity of an answer token on {len(records)} held-out test records {before['perplexity']:.4g} "
+              f"before, {after['perplexity']:.4g} after training")
+        return {key: {"before": before[key], "after": after[key]} for key in ("loss", "perplexity")}
     print(f"{task}: {name} on {len(records)} held-out test questions {before[name]:.1f} % before, {after[name]:.1f} % "
           f"after training (always the commonest label: {after['majority']:.1f} %)")
     return {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}

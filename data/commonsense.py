@@ -1,13 +1,14 @@
 """Records -> prompts -> token ids -> one packed row.
 
-A record is {"task", "question", "choices", "label"} (boolq has a "passage" too), made by prepare.py. It becomes text
-in one of two forms:
+A record of multiple choice is {"task", "question", "choices", "label"} (boolq has a "passage" too). It becomes text in
+one of two forms:
 
     label   the papers' (LLM-Adapters, DoRA, HiRA, GateRA): an instruction that lists the choices, answered by
             "the correct answer is answer2". Small models are near chance here before training.
     cloze   lm-evaluation-harness's: the question alone, and each choice's own text as a possible continuation.
 
-In both forms a question is a prompt and an answer, the text that continues it, for each choice. `pack` lays any number
+A record with a free answer is {"task", "prompt", "answer"}, already text (data/own.py). Either way a question is a
+prompt and an answer, the text that continues it, for each choice, or the one answer. `pack` lays any number
 of questions, with the right answer alone (training) or all of them (scoring), into one row without padding. A prompt
 with one of its answers is a document, and attention sees one document at a time.
 """
@@ -106,8 +107,16 @@ def cloze_form(record: dict) -> list[tuple[str, str]]:
     return [(prompt, f" {choice}") for choice in choices]
 
 
+def is_free(record: dict) -> bool:
+    """Whether a record has a free answer, and no choices."""
+    return "choices" not in record
+
+
 def to_text(record: dict, form: str) -> list[tuple[str, str]]:
-    """[(prompt, answer)] for each choice of a record. UserError where there is nothing of an answer to score."""
+    """[(prompt, answer)] for each choice of a record, or the one pair of a free answer, whatever the form. UserError
+    where there is nothing of an answer to score."""
+    if is_free(record):
+        return [(record["prompt"], record["answer"])]
     pairs = {"label": label_form, "cloze": cloze_form}[form](record)
     if not all(answer.strip() for _, answer in pairs):  # a choice of [tags] alone, a blank at the end
         raise UserError(f"a {record['task']} choice without text in {form} form: {record['question']!r}, "
@@ -149,7 +158,7 @@ def encode(tokenizer, prompt: str, answers: list[str], max_len: int, end: bool =
 
 def training_question(record: dict, form: str, tokenizer, max_len: int) -> Question:
     """The record's prompt and its right answer, closed by the end-of-text token."""
-    prompt, answer = to_text(record, form)[record["label"]]
+    prompt, answer = to_text(record, form)[record.get("label", 0)]
     return encode(tokenizer, prompt, [answer], max_len, end=True)
 
 
@@ -161,12 +170,19 @@ def scoring_questions(record: dict, form: str, tokenizer, max_len: int) -> list[
     return [encode(tokenizer, prompt, [answer], max_len) for prompt, answer in pairs]
 
 
+def prompt_question(record: dict, form: str, tokenizer, max_len: int) -> Question:
+    """What is asked where the model writes the answer itself. A free answer's length does not count: nobody has it yet."""
+    if not is_free(record):
+        return scoring_questions(record, form, tokenizer, max_len)[0]
+    return encode(tokenizer, record["prompt"], ["."], max_len)
+
+
 def check_question(record: dict, form: str, tokenizer, max_len: int, trained: bool) -> None:
     """UserError where `training_question`, or else `scoring_questions`, would refuse a record. Few records have to be
     tokenised for that: a token stands for a byte of text at least, so that a short answer fits for sure."""
-    pairs = to_text(record, form)
+    pairs, trained = to_text(record, form), trained or is_free(record)
     if trained:
-        pairs = [pairs[record["label"]]]
+        pairs = [pairs[record.get("label", 0)]]
     longest = max(len(answer.encode()) for _, answer in pairs) + 3  # the start and end of a text, SentencePiece's space
     if longest > max_len or not all(prompt.strip() for prompt, _ in pairs):
         (training_question if trained else scoring_questions)(record, form, tokenizer, max_len)

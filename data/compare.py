@@ -1,13 +1,16 @@
 """Whether evaluated runs differ: eval.py --compare."""
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from data.answers import compare_losses, losses_table, markdown
 from data.cli import flag
 from data.files import UserError, read_json
-from data.results import check_results, correct, read_predictions, results_name
+from data.prepare import DEFAULT, usual_split
+from data.results import check_results, correct, is_choice, read_predictions, results_name
 from data.resume import read_facts
 
 
@@ -23,14 +26,16 @@ def find_results(run: str, c) -> Path:
     directory = Path(run)
     if (directory / "predictions.jsonl").exists():
         return directory
-    protocol = c.protocol or read_facts(directory / "config.json").get("config", {}).get("form", "cloze")
-    chosen = directory / "eval" / results_name(c.adapter, protocol, c)
+    settings = read_facts(directory / "config.json").get("config", {})
+    protocol, split = c.protocol or settings.get("form", "cloze"), c.split or usual_split(settings.get("data") or DEFAULT)
+    chosen = directory / "eval" / results_name(c.adapter, protocol, replace(c, split=split))
     if (chosen / "predictions.jsonl").exists():
         return chosen
     there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
     advice = f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
              f"{run}/eval/NAME; or evaluate it " if there else ""
-    usual = {"adapter": "best", "protocol": "", "split": "test", "beams": 4, "limit": 0, "skip_closed": None, "data": ""}
+    usual = {"adapter": "best", "protocol": "", "split": "", "beams": 4, "max_new_tokens": 0, "limit": 0,
+             "skip_closed": None, "data": ""}
     given = {name: getattr(c, name) for name, value in usual.items() if getattr(c, name) != value}
     flags = [word for name, value in given.items() for word in (flag(name), str(value))]
     raise UserError(f"{run}: no results called {chosen.name} there; {advice}first: "
@@ -38,9 +43,11 @@ def find_results(run: str, c) -> Path:
 
 
 class Results(NamedTuple):
-    """An evaluated run: its results.json, and {task: 1.0 for each question that it gets right, 0.0 for the others}."""
+    """An evaluated run: its results.json, {task: 1.0 for each question that it gets right, 0.0 for the others}, and
+    {task: the predictions} of free answers that were scored by their loss."""
     summary: dict
     hits: dict[str, list[float]]
+    losses: dict[str, list[dict]]
 
 
 def load_results(run: str, c) -> Results:
@@ -49,14 +56,16 @@ def load_results(run: str, c) -> Results:
     check_results(summary, directory / "results.json")
     found, _ = read_predictions(directory, summary)
     protocol = summary["configuration"]["protocol"]
-    return Results(summary, {task: [float(correct(found[task][i], protocol)) for i in sorted(found[task])]
-                             for task in summary["tasks"]})
+    in_order = {task: [found[task][i] for i in sorted(found[task])] for task in summary["tasks"]}
+    losses = {task: predictions for task, predictions in in_order.items() if "loss" in summary["tasks"][task]}
+    return Results(summary, {task: [float(correct(prediction, protocol)) for prediction in predictions]
+                             for task, predictions in in_order.items() if task not in losses}, losses)
 
 
 # ------------------------------------------------------------------------------- what can be compared
 
 # What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
-SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "batch", "steps", "validation",
+SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "template", "limit", "max_len", "batch", "steps", "validation",
                    "eval_every", "seed")
 # What changes no step of training but by rounding, or only how many there are.
 UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
@@ -64,21 +73,24 @@ UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "l
 
 
 def common_tasks(groups: list[str], methods: list[list[Results]], chosen: list[str]) -> list[str]:
-    """The chosen tasks that all runs have. UserError where runs cannot be paired by question."""
+    """The chosen tasks, [] are all, that all runs have. UserError where runs cannot be paired by question."""
     for group, method in zip(groups, methods):
         seeds = [str(run.summary["settings"]["seed"]) for run in method if "seed" in (run.summary["settings"] or {})]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{group}: two of {', '.join(runs_of(group))} have the same seed; name one of each seed, "
                             "with commas between (train.py moves an earlier run aside, to NAME-1)")
     summaries = [run.summary for method in methods for run in method]
-    for name in ("protocol", "split", "beams", "rules"):
+    tasks = [task for task in summaries[0]["tasks"] if task in (chosen or summaries[0]["tasks"])
+             and all(task in summary["tasks"] for summary in summaries)]
+    # A loss is the same in cloze and in label form.
+    of_losses = bool(tasks) and all("loss" in summary["tasks"][task] for summary in summaries for task in tasks)
+    for name in (*(() if of_losses else ("protocol",)), "split", "beams", "max_new_tokens", "rules"):
         if len(values := {str(summary["configuration"].get(name)) for summary in summaries}) > 1:
             raise UserError(f"these cannot be compared: their {name} is {' and '.join(sorted(values))}")
-    tasks = [task for task in summaries[0]["tasks"] if task in chosen and all(task in s["tasks"] for s in summaries)]
     if other := [task for task in tasks
                  if len({(summary["data"][task], summary["tasks"][task]["n"]) for summary in summaries}) > 1]:
         raise UserError(f"these cannot be paired: the questions of {', '.join(other)} differ; evaluate all with the "
-                        "same --limit and --data")
+                        "same --limit, --data and --template")
     if not tasks:
         raise UserError("these have no task in common")
     return tasks
@@ -123,16 +135,14 @@ def mcnemar(difference: np.ndarray) -> float:
 
 
 def compare(groups: list[str], chosen: list[str], c) -> dict:
-    """eval.py --compare: prints a table of the chosen tasks, and returns what it says. c: the flags of eval.py.
+    """eval.py --compare: prints tables of the chosen tasks, [] are all, and returns what they say. c: the flags of eval.py.
 
-    A group is a method: one run, or its seeds (`runs_of`), whose mean counts. The table has each method's accuracy and,
-    over its seeds, the standard deviation; and the difference to the first method, paired by question, with a 95 %
-    bootstrap interval over questions (not over seeds). p is McNemar's, where both are single runs, over the questions
-    of all tasks together."""
+    A group is a method: one run, or its seeds (`runs_of`), whose mean counts. One table is of multiple choice and its mean;
+    each task with free answers has its own, of accuracies (`accuracies`) or of losses (`compare_losses`)."""
     methods = [[load_results(run, c) for run in runs_of(group)] for group in groups]
     tasks = common_tasks(groups, methods, chosen)
     runs = [run for method in methods for run in method]
-    left_out = {task for run in runs for task in run.summary["tasks"] if task in chosen} - set(tasks)
+    left_out = {task for run in runs for task in run.summary["tasks"] if task in chosen or not chosen} - set(tasks)
     wrong, compared = setting_differences(methods)
     for names, start in ((wrong, "WARNING: what should be the same differs: "), (compared, "compared: "),
                          (sorted(left_out), "not evaluated for all, left out: ")):
@@ -141,31 +151,52 @@ def compare(groups: list[str], chosen: list[str], c) -> dict:
     if not all(run.summary["settings"] for run in runs):
         print("a base model or an adapter without a run's config.json is among them: its training is unknown")
 
+    print("\n".join(f"[{i}] {', '.join(runs_of(group))}" for i, group in enumerate(groups, 1)))
+    results, rows = runs[0].summary["tasks"], {}
+    choice = [task for task in tasks if is_choice(results[task])]
+    for together in [choice, *([task] for task in tasks if task not in choice)]:
+        if not together:
+            continue
+        task = together[0]
+        if task in runs[0].losses:
+            rows[task] = compare_losses([[run.losses[task] for run in method] for method in methods])
+            text = losses_table(task, rows[task], results[task]["n"])
+        else:
+            found = accuracies(methods, together)
+            text = comparison_table(found, {task: results[task]["n"] for task in together})
+            rows |= found if task in choice else {task: found[task]}
+        print(f"\n{text}")
+    return {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
+
+
+def accuracies(methods: list[list[Results]], tasks: list[str]) -> dict[str, list[dict]]:
+    """{each task, and "mean": a cell for each method}: its accuracy and, over its seeds, the standard deviation; and the
+    difference to the first method, paired by question, with a 95 % bootstrap interval over questions (not over seeds). p
+    is McNemar's, where both are single runs, over the questions of all tasks together."""
     # {task: a number for each question: how many of the method's seeds get it right, of 1}
     hits = [{task: np.mean([run.hits[task] for run in method], axis=0) for task in tasks} for method in methods]
     rows = {task: [] for task in [*tasks, "mean"]}
     for method, method_hits in zip(methods, hits):
-        accuracies = {task: [100 * np.mean(run.hits[task]) for run in method] for task in tasks}  # of each seed
-        accuracies["mean"] = np.mean(list(accuracies.values()), axis=0)
+        percent = {task: [100 * np.mean(run.hits[task]) for run in method] for task in tasks}  # of each seed
+        percent["mean"] = np.mean(list(percent.values()), axis=0)
         difference = {task: method_hits[task] - hits[0][task] for task in tasks}
         rng = np.random.default_rng(0)
         draws = {task: bootstrap(difference[task], rng) for task in tasks}
         draws["mean"] = np.mean(list(draws.values()), axis=0)
         difference["mean"] = np.concatenate(list(difference.values()))  # for McNemar's p
         for task, row in rows.items():
-            cell = {"accuracy": float(np.mean(accuracies[task])),
-                    "spread": float(np.std(accuracies[task], ddof=1)) if len(method) > 1 else None}
+            cell = {"accuracy": float(np.mean(percent[task])),
+                    "spread": float(np.std(percent[task], ddof=1)) if len(method) > 1 else None}
             if method is not methods[0]:
                 cell["difference"] = cell["accuracy"] - row[0]["accuracy"]
                 cell["interval"] = np.percentile(draws[task], [2.5, 97.5]).tolist()
                 cell["p"] = mcnemar(difference[task]) if len(method) == len(methods[0]) == 1 else None
             row.append(cell)
-    print(comparison_table(groups, rows, {task: len(hits[0][task]) for task in tasks}))
-    return {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
+    return rows
 
 
-def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str, int]) -> str:
-    """The rows of `compare` in Markdown, a line for each method; n: questions of each task. Differences are those of
+def comparison_table(rows: dict[str, list[dict]], n: dict[str, int]) -> str:
+    """The rows of `accuracies` in Markdown, a line for each method; n: questions of each task. Differences are those of
     the mean, or of the one task that --tasks names."""
     tasks = rows if len(n) > 1 else n
     counts = [f"{task}, n {n.get(task, sum(n.values())):,}" for task in tasks]
@@ -181,8 +212,4 @@ def comparison_table(groups: list[str], rows: dict[str, list[dict]], n: dict[str
             p = "" if cell["p"] is None else f"{cell['p']:.4f}" if cell["p"] >= 1e-4 else "<0.0001"
             line += [f"{cell['difference']:+.2f}", "{:+.2f} to {:+.2f}".format(*cell["interval"]), p]
         table.append(line)
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
-    legend = [f"[{i}] {', '.join(runs_of(group))}" for i, group in enumerate(groups, 1)]
-    return "\n".join([*legend, "", *text])
+    return markdown(table)

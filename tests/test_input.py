@@ -189,8 +189,8 @@ CASES = [
      "no layer is named attention; this model has down_proj, gate_proj, head, k_proj, o_proj"),
     ("train", "--targets q_proj,head --peft gatera", "--targets q_proj,head: the head sees answer tokens alone"),
     ("train", "--targets ,", "expected at least one layer name, and no empty one"),
-    ("train", "--tasks ,", "--tasks ,: expected all or some of boolq, piqa"),
-    ("train", "--tasks piqa,arc", "--tasks arc: expected all or some of boolq"),
+    ("train", "--tasks ,", "--tasks ,: expected all or some of piqa, hellaswag"),
+    ("train", "--tasks piqa,arc", "--tasks arc: expected all or some of piqa, hellaswag"),
     ("train", "--tasks piqa,piqa", "a task is named twice"),
     ("train", "--peft ia3", "--peft ia3: expected one of lora, dora, hira, gatera"),
     ("train", "--peft lora --gate soft", "gate 'soft': expected one of none, token, static"),
@@ -203,7 +203,7 @@ CASES = [
     ("eval", f"--protocol generate --beams {2**62}", f"--beams {2**62}: expected a whole number from 1 to 1000"),
     ("eval", "--prompt '\ud800'", "--prompt \\ud800: expected a value"),
     ("eval", "--max-len 4096", "--max-len 4096 is longer than the base's context of 512"),
-    ("eval", "--tasks ,", "--tasks ,: expected all or some of boolq"),
+    ("eval", "--tasks ,", "--tasks ,: expected all or some of piqa, hellaswag"),
     ("eval", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
     ("eval", "--export onnx dir", "--export onnx: expected hf or peft"),
     ("prepare", "--tasks arc", "--tasks arc: expected all or some of boolq, piqa"),
@@ -221,8 +221,8 @@ CASES = [
     ("eval", "--run run --export peft run/best", "--export run/best: the directory is not empty"),
     ("prepare", "--out file.txt", "--out file.txt: a file is there; expected a directory"),
     # records
-    ("train", "--data nowhere", "nowhere/piqa/train.jsonl: not found; expected records"),
-    ("train", "--data file.txt", "file.txt/piqa/train.jsonl: not found; expected records"),
+    ("train", "--data nowhere", "--data nowhere: no such file or directory; expected records: a directory of <name>/train"),
+    ("train", "--data file.txt", "--data file.txt: no records there; expected a directory of"),
     ("train", "", "data/piqa/train.jsonl: not a file", several(remove("data/piqa/train.jsonl"),
                                                              lambda: Path("data/piqa/train.jsonl").mkdir())),
     ("train", "", "data/piqa/train.jsonl: empty; expected one record a line", write("data/piqa/train.jsonl", b"")),
@@ -243,7 +243,7 @@ CASES = [
     ("train", "", RECORD + "a text holds '\\ud800', which is half of a character",
      line(2, GOOD | {"question": "\ud800"})),
     ("train", "", RECORD + "100,023 characters, expected up to 30,000", line(2, GOOD | {"question": "[" * 100_008})),
-    ("eval", "--data nowhere", "nowhere/piqa/test.jsonl: not found"),
+    ("eval", "--data nowhere", "--data nowhere: no such file or directory; expected records"),
     ("eval", "", "data/piqa/test.jsonl, line 1: not valid JSON", write("data/piqa/test.jsonl", b"PK\x03\x04")),
     ("eval", "--tasks hellaswag", "a hellaswag choice without text", write("data/hellaswag/test.jsonl", json.dumps(
         {"task": "hellaswag", "question": "Rest: sit.", "choices": ["a", "[step]", "c", "d"], "label": 0}))),
@@ -330,7 +330,7 @@ def test_bad_input_is_one_line_and_writes_nothing(case, place, capsys, monkeypat
 @pytest.mark.parametrize("program, flags, words", [
     ("train.py", "--lrr 1 --tasks arc",
      "unknown argument --lrr (did you mean --lr?); --tasks arc: expected all or some of"),
-    ("train.py", COMMON["train"] + " --data nowhere", "nowhere/piqa/train.jsonl: not found"),
+    ("train.py", COMMON["train"] + " --data nowhere", "--data nowhere: no such file or directory"),
     ("eval.py", "--limt 3", "unknown argument --limt (did you mean --limit?); nothing to evaluate"),
     ("data/prepare.py", "--source nowhere", "--source nowhere: expected auto, hub, index, or a directory"),
 ])

@@ -32,6 +32,7 @@ PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "assets/evide
 README, ALL = PAGES["README.md"], "\n".join(PAGES.values())
 BLOCK = re.compile(r"(?:<!-- from (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # file, language, text
 DATA = "--data data/sample --device cpu "
+ONE_FILE = {"--data data/sample": "", "--test 1": ""}  # what of SMALL goes where a command names one file: it has no test set
 SMALL = {
     "train.py": (DATA + "--init tiny --max-len 512 --max-steps 2 --warmup 1 --batch 4 --validation 1 --test 1 "
                  "--no-compile"),
@@ -88,13 +89,18 @@ COMMANDS = commands(OTHERS)
 # ------------------------------------------------------------------------------------------- a place to run it in
 
 def copy_repository(to: Path) -> Path:
-    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*/*", "tests/*.py", "assets/evidence/*",
+    for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*.json", "data/sample/*/*", "tests/*.py", "assets/evidence/*",
                     "assets/fork/*"):
         for file in ROOT.glob(pattern):
             (to / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(ROOT))
     from conftest import write_llama  # here, as `python tests/test_readme.py` can do without
     write_llama(to / "tiny", d=64, heads=2, kv_heads=1, d_ff=64)  # sides of 32 and more: the rank may be 32
+    sums = [{"question": f"{i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(12)]
+    (to / "MetaMathQA.json").write_text(json.dumps([{"query": x["question"], "response": x["answer"]} for x in sums]))
+    (to / "data" / "sample" / "gsm8k").mkdir()
+    for split, n in (("train", 12), ("test", 2)):
+        (to / f"data/sample/gsm8k/{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sums[:n]))
     return to
 
 
@@ -157,6 +163,8 @@ def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
                 vars(programs)[Path(file).stem].main(["--help"])
         case ("python", "train.py", *flags):
             small = SMALL["train.py --resume" if "--resume" in flags else "train.py"]
+            if "--data" in flags and Path(flags[flags.index("--data") + 1]).is_file():
+                small = functools.reduce(lambda text, part: text.replace(*part), ONE_FILE.items(), small)
             return programs.train.main([*flags, *small.split()])
         case ("python", "eval.py", *flags):
             small = SMALL["eval.py --init" if "--init" in flags else "eval.py"]
@@ -206,10 +214,11 @@ def test_python_runs(text, place):
 
 
 def test_records_are_records():
-    records = [json.loads(text) for _, language, text in BLOCK.findall(ALL) if language == "json"]
-    assert records
+    records = [json.loads(line) for _, language, text in BLOCK.findall(ALL) if language == "json"
+               for line in text.splitlines()]
+    assert len(records) > 5
     for record in records:
-        assert programs().prepare.record_problem(record["task"], record) is None
+        assert programs().prepare.to_record("mine", record)["task"] == "mine"
 
 
 def test_the_tables_are_what_the_evidence_says(monkeypatch):
