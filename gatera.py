@@ -479,3 +479,7 @@ def peft_layers(model: nn.Module) -> dict[str, list[str]]:
     """{transformers' name of a linear layer, adapted or not: our names}."""
     names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GatedLinear))]
     return transformers_names([name.removeprefix("_orig_mod.") for name in names], getattr(model, "config", None))
+
+
+if __name__ == "__main__":
+    raise SystemExit("gatera.py is the method, to be read and imported; try `python train.py --preset quickstart`")

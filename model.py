@@ -499,3 +499,7 @@ def config_of(path: Path) -> TransformerConfig:
             return TransformerConfig(**read_fields(path))
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+if __name__ == "__main__":
+    raise SystemExit("model.py is the transformer, to be read and imported; try `python train.py --preset quickstart`")

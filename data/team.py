@@ -77,3 +77,7 @@ class Team(NamedTuple):
         mesh = init_device_mesh(self.device.type, (self.size,))
         for module in (*model.blocks, model):  # one by one: no more than a block is whole on the device
             fully_shard(module, mesh=mesh, ignored_params=adapters)
+
+
+if __name__ == "__main__":
+    import data  # noqa: F401  (data.py, which says what to run instead)

@@ -1,5 +1,7 @@
 """The shape of the project: imports run one way, and every file and function is as long as one reads at a sitting."""
 import ast
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,17 @@ def test_a_module_has_one_plain_job(file):
     assert len(text.splitlines()) <= longest, f"{len(text.splitlines())} lines, expected at most {longest}"
     assert "leave out" not in text, "expected nothing that a reading can leave out"
     assert file.name == "__init__.py" or ast.get_docstring(ast.parse(text)), "expected a docstring that says what it is for"
+
+
+PROGRAMS = ("train.py", "eval.py", "data/prepare.py", "data/download.py", "data/__init__.py")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PROGRAMS])
+def test_a_module_that_is_started_says_what_to_run_instead(name, monkeypatch):
+    """As `python NAME` would: from its own folder, where `import data` has not found anything yet."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / name)])
+    monkeypatch.setattr(sys, "path", [str((ROOT / name).parent), *(path for path in sys.path if Path(path) != ROOT)])
+    for module in [module for module in sys.modules if module.split(".")[0] == "data"]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit, match=f"^{name} is .*python train.py --preset quickstart"):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
