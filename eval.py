@@ -29,6 +29,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("importing PyTorch", file=sys.stderr)  # which takes seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -30,6 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and sys.stderr.isatty() and "RANK" not in os.environ:
+    print("importing PyTorch", file=sys.stderr)  # which takes seconds
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError

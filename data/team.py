@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 
 class Team(NamedTuple):
@@ -72,6 +70,8 @@ class Team(NamedTuple):
     def shard(self, model: torch.nn.Module, adapters: set[torch.nn.Parameter]):
         """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's turn
         in forward or backward comes. Adapters and their optimizer stay whole everywhere, all else is as it was."""
+        from torch.distributed.device_mesh import init_device_mesh  # a second to import, which few need
+        from torch.distributed.fsdp import fully_shard
         for p in adapters:
             p.data = p.data.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.size,))

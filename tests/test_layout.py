@@ -1,6 +1,10 @@
-"""The shape of the project: imports run one way, and every file and function is as long as one reads at a sitting."""
+"""The shape of the project: imports run one way, every file and function is as long as one reads at a sitting, and what is
+started says something at once."""
 import ast
+import os
+import pty
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,3 +60,22 @@ def test_a_module_that_is_started_says_what_to_run_instead(name, monkeypatch):
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(SystemExit, match=f"^{name} is .*python train.py --preset quickstart"):
         runpy.run_path(str(ROOT / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "data/prepare.py"])
+def test_a_terminal_hears_of_the_start_before_the_slow_imports(name, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit")
+    (tmp_path / "numpy.py").write_text("raise SystemExit")
+    ours, theirs = pty.openpty()
+    start = [sys.executable, str(ROOT / name), "--help"]
+    there = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run(start, env=there, stderr=theirs, check=True)
+    os.close(theirs)  # so that reading ends
+    assert os.read(ours, 1000) == b"importing PyTorch\r\n"
+    assert subprocess.run(start, env=there, capture_output=True, check=True).stderr == b""
+
+
+def test_what_few_need_is_not_imported_at_the_start():
+    """torch._dynamo, the compiler, takes as long as all the rest; fully_shard would bring it, too."""
+    imports = "import sys, train; assert not {'torch._dynamo', 'matplotlib', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", imports], cwd=ROOT, check=True)
