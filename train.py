@@ -475,7 +475,7 @@ def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], pro
     results = {"steps": progress.steps, "best_validation_loss": progress.best if c.validation else None,
                "seconds": seconds, "tasks": scores}
     run.write("training.json", results)
-    print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with: "
+    print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with:\n"
           f"python eval.py --run {c.out} --tasks {c.tasks}" + (f" --data {c.data}" if c.data else ""))
     return results
 
@@ -486,8 +486,8 @@ def scores_before_and_after(model, tokenizer, task: str, records: list[dict], c:
     with adapters_off(model):  # the frozen base is what it was
         before = evaluate(model, tokenizer, records, c.form, c.max_len, quiet)
     after, name = evaluate(model, tokenizer, records, c.form, c.max_len, quiet), accuracy_key(c.form)
-    print(f"{task}: {name} on {len(records)} held-out test questions {before[name]:.1f} % before, {after[name]:.1f} % "
-          f"after training (always the commonest label: {after['majority']:.1f} %)")
+    print(f"{task}: {name} {before[name]:.1f} % before, {after[name]:.1f} % after training, on {len(records)} test "
+          f"questions\n(always the commonest label: {after['majority']:.1f} %)")
     return {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
 
 

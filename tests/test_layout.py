@@ -48,7 +48,7 @@ def test_a_module_has_one_plain_job(file):
     assert file.name == "__init__.py" or ast.get_docstring(ast.parse(text)), "expected a docstring that says what it is for"
 
 
-PROGRAMS = ("train.py", "eval.py", "data/prepare.py", "data/download.py", "data/__init__.py")
+PROGRAMS = ("train.py", "eval.py", "data/prepare.py", "data/download.py", "data/render.py", "data/__init__.py")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in PROGRAMS])
