@@ -719,6 +719,28 @@ def test_gates_are_of_ten_questions_as_generation_reads_them(llama, tmp_path):
     assert written["form"] == "label" and written["gates"]["questions"] == 10
 
 
+def test_the_page_opens_where_gates_differ_most_between_tokens(tmp_path):
+    names = ["blocks.0.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.mlp.up_proj"]
+    apart, low, high = torch.tensor([[0.9, 0.9], [0.2, 0.4], [0.1, 0.1]]), torch.full((3, 1), 0.1), torch.full((3, 1), 0.9)
+    for several, start in (([apart], 1), ([apart, low], 0), ([apart, high], 2), ([low], None)):
+        traces = [{"task": "piqa", "tokens": ["x"] * gates.shape[1], "prompt": 1, "gates": gates} for gates in several]
+        pictures.write_gate_page(traces, names, "", tmp_path / "gates.html")
+        found = re.search(r'id="data">(.*)</script>', (tmp_path / "gates.html").read_text()).group(1)
+        assert json.loads(found)["start"] == start
+
+
+def test_what_stands_in_a_picture_is_not_clipped(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (kept.append(figure), figure.savefig(path)))
+    trace = {"prompt": 2, "gates": torch.rand(5, 3, generator=torch.Generator().manual_seed(0))}  # an answer of one token
+    pictures.draw_positions([trace, trace], "", tmp_path / "x.png")
+    (axis,), legend = kept[0].axes, kept[0].axes[0].get_legend()
+    for part in (*axis.texts, legend):
+        box = part.get_window_extent()
+        assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1, part
+    assert "right: answer" in legend.get_texts()[-1].get_text()
+
+
 def test_texts_in_the_page_are_harmless(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     trace = {"task": "piqa", "tokens": ["a", evil, "<!--"], "prompt": 1, "gates": torch.tensor([[0.0, 0.5, 1.0]])}
@@ -728,7 +750,7 @@ def test_texts_in_the_page_are_harmless(tmp_path):
     assert page.count("<") == template.count("<") and "innerHTML" not in template
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*)</script>', page).group(1))
     assert data["title"] == evil and data["questions"][0]["tokens"] == ["a", evil, "<!--"]
-    assert data["places"] == [[0, "q_proj"]] and data["questions"][0]["gates"] == "AID/"  # bytes 0, 128, 255
+    assert data["start"] == 0 and data["places"] == [[0, "q_proj"]] and data["questions"][0]["gates"] == "AID/"  # bytes 0, 128, 255
 
 
 def test_a_run_without_gates_has_none_to_show(llama, tmp_path):
