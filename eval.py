@@ -331,7 +331,7 @@ class Settings:
     max_new_tokens: int = 0         # of --prompt's answer; 0: 32
     max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
     skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
-    device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, ..., mps (Apple)
     dtype: str = "auto"             # auto: the run's own; float32 for --export; of a base, what train.py's would be
     out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
     # instead of an evaluation

@@ -97,7 +97,7 @@ class Config:
     save_every: int = 100           # steps between checkpoints, from which --resume goes on
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
-    device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, ..., mps (Apple)
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on what computes in it
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # keep no activations, recompute them in the backward: less memory, a third more time
