@@ -41,6 +41,8 @@ from data.files import UserError
 from data.peft_format import ends_in, transformers_names, write_peft
 from data.weights import llama_name
 
+__version__ = "0.1.0"
+
 
 @dataclass
 class AdapterConfig:
