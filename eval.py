@@ -35,12 +35,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("importing PyTorch", file=sys.stderr)  # which takes seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data.cli import device_problems, flag, pick_device, read_flags, run_command
+from data.chat import chat_text, encode_chat
 from data.commonsense import (FORMS, Question, is_free, label_names, pack, prompt_question, scoring_questions, to_text,
                               training_question)
 from data.compare import compare, runs_of
@@ -49,7 +53,7 @@ from data.own import read_template
 from data.output import export_problem, faults_told, renewed, written_whole
 from data.pictures import (GATE_PICTURES, colour_legend, draw_gates, draw_training, gate_numbers, paint, read_training,
                            write_gate_page)
-from data.prepare import DEFAULT, check_records, load_records, task_names, task_problems, usual_split
+from data.prepare import DEFAULT, check_records, load_records, prepare, task_names, task_problems, usual_split
 from data.results import (check_base, continued, find_data, find_run, mean_result, results_name, save_results, summarise,
                           table)
 from data.tokenizer import TextStream, Tokenizer
@@ -238,11 +242,11 @@ def evaluate_tasks(model, tokenizer, records: dict[str, list[dict]], summary: di
 
 # --------------------------------------------------------------------------- what the gates do, in numbers
 
-def decode_with_gates(model: Transformer, tokenizer: Tokenizer, prompt: list[int]):
+def decode_with_gates(model: Transformer, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int = NEW_TOKENS):
     """Answers a prompt greedily, step by step: yields (the ids read, their gates (G, T)), first of the whole prompt
     (prefill), then of one new token after another (decode). G counts the gated layers; without gates there is None."""
     read = prompt
-    for new in model.decode([prompt], NEW_TOKENS, tokenizer.unused(model.config.vocab_size)):
+    for new in model.decode([prompt], max_new_tokens, tokenizer.unused(model.config.vocab_size)):
         gates = list(gate_values(model).values())                                # of each layer (1, T)
         yield read, torch.cat(gates).float().cpu() if gates else None
         read = new.tolist()
@@ -289,9 +293,9 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
         draw_training(training, out / "training.png")
     for phase in ("prompt", "answer"):
         if (seen := numbers[phase])["tokens"]:
-            print(f"{phase}: mean gate {seen['mean']:.3f} over {seen['tokens']:,} tokens; {seen['below_0.05']:.1%} "
-                  f"below 0.05, {seen['above_0.95']:.1%} above 0.95; entropy {seen['entropy_bits']:.3f} bits; "
-                  f"{seen['between_tokens']:.0%} of the variance between tokens; "
+            print(f"{phase}: mean gate {seen['mean']:.3f} over {seen['tokens']:,} tokens, entropy {seen['entropy_bits']:.3f} "
+                  f"bits\n  {seen['below_0.05']:.1%} below 0.05, {seen['above_0.95']:.1%} above 0.95; "
+                  f"{seen['between_tokens']:.0%} of the variance between tokens\n  "
                   + ", ".join(f"{name} {value:.2f}" for name, value in seen["projections"].items()))
     if numbers["cut"]:
         print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")
@@ -301,32 +305,36 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
 
 # ------------------------------------------------------------------------------------ seeing it decode
 
-def show_decoding(model, tokenizer, prompt: str, max_len: int) -> dict:
-    """eval.py --prompt: streams the answer with the adapter and then without, each token with its mean gate."""
+def show_decoding(model, tokenizer, prompt: str, max_len: int, new: int = NEW_TOKENS, chat: bool = False) -> dict:
+    """eval.py --prompt: streams the answer with the adapter and then without, each token with its mean gate. chat: the
+    prompt is what `chat_text` made, with all special tokens that belong there."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    bos, ids = [] if tokenizer.bos is None else [tokenizer.bos], tokenizer.encode(prompt)
+    bos = [] if tokenizer.bos is None or chat else [tokenizer.bos]
+    ids = encode_chat(tokenizer, prompt) if chat else tokenizer.encode(prompt)
     if not bos + ids:
         raise UserError("--prompt '': expected a text")
     surplus = max(0, len(bos) + len(ids) - max_len)
+    if surplus and chat:
+        raise UserError(f"--prompt: {len(ids)} tokens in the base's chat template; expected up to {max_len}")
     if surplus:
         print(f"the prompt is longer than {max_len} tokens and lost its first {surplus}")
     ids = bos + ids[surplus:]
     if not gated_layers(model):
-        return {"the base": stream_answer(model, tokenizer, ids, "the base", colour)}
+        return {"the base": stream_answer(model, tokenizer, ids, "the base", colour, new)}
     if model.adapter_config.gate != "none":
         print(f"mean gate: {colour_legend(colour)}")
     answers = {}
     for title, way in (("with the adapter", cached_products), ("without the adapter (the base)", adapters_off)):
         with way(model):
-            answers[title] = stream_answer(model, tokenizer, ids, title, colour)
+            answers[title] = stream_answer(model, tokenizer, ids, title, colour, new)
     return answers
 
 
-def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) -> str:
+def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool, new: int) -> str:
     """Prints the prompt `ids` and, token by token, the model's answer, which it returns."""
     print(f"--- {title} ---")
     stream, answer = TextStream(tokenizer), []
-    for step, (read, gates) in enumerate(decode_with_gates(model, tokenizer, ids)):
+    for step, (read, gates) in enumerate(decode_with_gates(model, tokenizer, ids, new)):
         means = [None] * len(read) if gates is None else gates.mean(0).tolist()
         for token, gate in zip(read, means):
             print(paint(stream.add(token), gate, colour), end="", flush=True)
@@ -335,6 +343,8 @@ def stream_answer(model, tokenizer, ids: list[int], title: str, colour: bool) ->
         else:
             answer += read
     print(stream.rest())
+    if len(answer) == new:
+        print(f"[cut: {new} new tokens are all that --max-new-tokens allows]")
     return tokenizer.decode(answer)
 
 
@@ -356,16 +366,17 @@ class Settings:
     # how
     protocol: str = ""              # default: the run's own form, cloze for a base model
     beams: int = 4                  # of --protocol generate; 1 is greedy
-    max_new_tokens: int = 0         # of a generated answer; 0: 32 for a label, 256 for a free answer
+    max_new_tokens: int = 0         # of a generated answer, or --prompt's; 0: 32, for a free answer 256
     max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
     skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
-    device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, ..., mps (Apple)
     dtype: str = "auto"             # auto: the run's own; float32 for --export; of a base, what train.py's would be
     out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
     # instead of an evaluation
     compare: list = None            # evaluated runs against the first; commas, or a directory, join a method's seeds
     gates: bool = False             # show the gates of --limit (default 10) questions of each task: page and pictures
     prompt: str = ""                # watch it answer this; \n is a new line
+    chat: bool = False              # --prompt is a user's message, for the base's chat template
     export: list = None             # hf DIR: write the merged model; peft DIR: the adapter; ungated adapters only
 
 
@@ -392,6 +403,7 @@ def parse(argv: list[str]) -> Settings:
         (len(modes) < 2, f"--{' and --'.join(modes)}: expected one of them"),
         (c.run or c.init or c.compare, "nothing to evaluate: pass --run DIRECTORY or --init MODEL"),
     ]
+    rules += [(c.prompt or not c.chat, "--chat needs --prompt TEXT")]
     rules += [(c.run or not c.init or name not in given, f"{flag(name)} needs --run DIRECTORY")
               for name in ("gates", "export", "skip_closed")]
     wrong += [message for fine, message in rules if not fine]
@@ -455,10 +467,17 @@ def run_model(c: Settings) -> dict:
     out = Path(c.out) if c.out else Path(c.run or "out") / "eval" / results_name(name, protocol, c)
     if needed and (problem := unwritable(out)):
         raise UserError(f"--out {problem}")
+    if needed and data == DEFAULT:
+        prepare(needed, ("test" if c.split == "test" else "train",))
     records = {task: load_records(task, c.split, data, template)[:limit] for task in needed}
+    has_choices = not all(is_free(of_task[0]) for of_task in records.values())
+    if protocol == "generate" and settings.get("form") == "cloze" and has_choices:
+        print(f"WARNING: {c.run} was trained in cloze form and has never seen the instruction that --protocol generate gives: "
+              "few answers will name a label; --protocol cloze scores what it has learnt")
 
     # The model
-    tokenizer = load_tokenizer(base)
+    tokenizer, prompt = load_tokenizer(base), c.prompt.replace("\\n", "\n")
+    prompt = chat_text(base, prompt) if c.chat else prompt
     model = Transformer.from_pretrained(base, dtype=dtype, device=device)
     max_len = c.max_len or min(settings.get("max_len", 512), model.config.max_len)
     if max_len > model.config.max_len:
@@ -478,11 +497,12 @@ def run_model(c: Settings) -> dict:
     if c.export:
         return export(model, base, *c.export)
     if c.prompt:
-        return show_decoding(model, tokenizer, c.prompt.replace("\\n", "\n"), prompt_room(model, max_len))
+        new = c.max_new_tokens or NEW_TOKENS
+        return show_decoding(model, tokenizer, prompt, prompt_room(model, max_len, new), new, c.chat)
+    print(f"{base}{f' + {adapter}' if adapter else ''} in {str(dtype).removeprefix('torch.')}\n"
+          f"{protocol}, {sum(map(len, records.values())):,} questions ({c.split}) of {data}")
     if c.gates:
         return show_gates(model, tokenizer, records, form, max_len, c, out)
-    print(f"{base}{f' + {adapter}' if adapter else ''} in {str(dtype).removeprefix('torch.')}, {protocol}, "
-          f"{sum(map(len, records.values())):,} questions ({c.split}) of {data}")
     trained = {name: p.detach().cpu() for name, p in adapter_state(model).items()}
     configuration = {
         "rules": RULES, "base": base, "base_sha256": base_hash, "adapter": str(model.adapter_config) if trained else None,

@@ -40,6 +40,8 @@ from data.adapters import (check_adapter, fill, find_layers, peft_layers, read_a
 from data.files import UserError
 from data.peft_format import write_peft
 
+__version__ = "0.1.0"
+
 
 @dataclass
 class AdapterConfig:
@@ -486,3 +488,7 @@ def export_peft(model: nn.Module, directory) -> None:
     weights = {name: model.get_submodule(name).weight for names in peft_layers(model).values() for name in names}
     write_peft(Path(directory), adapter, peft_layers(model), weights, method.PEFT, config.r, config.scaling,
                config.dropout, getattr(model, "hub_id", getattr(model, "name_or_path", None)))
+
+
+if __name__ == "__main__":
+    raise SystemExit("gatera.py is the method, to be read and imported; try `python train.py --preset quickstart`")

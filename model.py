@@ -195,7 +195,6 @@ class Trees:
             self.end_to_end &= bool(tree.any(0).all())
         self.filler = T - end
 
-    @torch.compiler.disable  # other lengths would be another graph for each batch
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`attend` for each tree in turn, q (1, N, H, S), k and v (1, N, K, S): quicker than a padded grid. In float32 or
         better, outside autocast: the backward of such small products takes five times longer in bfloat16."""
@@ -479,6 +478,7 @@ class Transformer(nn.Module):
 def compile_blocks(model: Transformer) -> None:
     """torch.compile for each block, in place: all blocks share one graph, which takes seconds where the graph of a
     whole model takes minutes. After `inject_adapters`, as the graph holds the adapters."""
+    Trees.attend = torch.compiler.disable(Trees.attend)  # other lengths would be another graph for each batch
     for block in model.blocks:
         block.compile(dynamic=True)
 
@@ -499,3 +499,7 @@ def config_of(path: Path) -> TransformerConfig:
             return TransformerConfig(**read_fields(path))
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+if __name__ == "__main__":
+    raise SystemExit("model.py is the transformer, to be read and imported; try `python train.py --preset quickstart`")

@@ -32,6 +32,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__" and sys.stderr.isatty() and "RANK" not in os.environ:
+    print("importing PyTorch", file=sys.stderr)  # which takes seconds
+
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -98,7 +101,7 @@ class Config:
     save_every: int = 100           # steps between checkpoints, from which --resume goes on
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
-    device: str = "auto"            # auto, cpu, cuda, cuda:1, ...
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, ..., mps (Apple)
     dtype: str = "auto"             # float32, bfloat16, float16; auto: bfloat16 on what computes in it
     compile: bool = False           # torch.compile the model
     checkpointing: bool = False     # keep no activations, recompute them in the backward: less memory, a third more time
@@ -482,7 +485,8 @@ def finish(c: Config, model, tokenizer, test_records: dict[str, list[dict]], pro
     scoring = ["python", "eval.py", "--run", c.out, "--tasks", c.tasks, *(["--data", c.data] if c.data else [])]
     if not all(has_test(task, c.data or DEFAULT) for task in task_names(c.tasks, c.data or DEFAULT)):
         scoring += ["--split", "val"]  # the part that no step has trained on
-    print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with: {shlex.join(scoring)}")
+    print(f"saved {c.out}/best and {c.out}/last in {clock(seconds)}; score it on all questions with:\n"
+          f"{shlex.join(scoring)}")
     return results
 
 
@@ -496,8 +500,8 @@ def scores_before_and_after(model, tokenizer, task: str, records: list[dict], c:
         print(f"{task}: perplexity of an answer token on {len(records)} held-out test records {before['perplexity']:.4g} "
               f"before, {after['perplexity']:.4g} after training")
         return {key: {"before": before[key], "after": after[key]} for key in ("loss", "perplexity")}
-    print(f"{task}: {name} on {len(records)} held-out test questions {before[name]:.1f} % before, {after[name]:.1f} % "
-          f"after training (always the commonest label: {after['majority']:.1f} %)")
+    print(f"{task}: {name} {before[name]:.1f} % before, {after[name]:.1f} % after training, on {len(records)} test "
+          f"questions\n(always the commonest label: {after['majority']:.1f} %)")
     return {key: {"before": before[key], "after": after[key]} for key in ("acc", "acc_norm")}
 
 

@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import resource
 import sys
@@ -94,6 +95,8 @@ def run_command(main) -> None:
         print("interrupted; what was saved before is whole", file=sys.stderr)
         sys.exit(130)
     except BaseException as error:
+        if isinstance(error, NotImplementedError) and "MPS" in str(error):  # Apple's GPU lacks an operation
+            end_with(f"{first_line(error)}; use --device cpu")
         if not is_panic(error):
             raise  # a mistake of ours, with its traceback
         end_with(f"a library gave up: {first_line(error)}")
@@ -106,20 +109,29 @@ def end_with(line: str) -> None:
 
 def device_problems(name: str) -> list[str]:
     """What is wrong with --device, one text or none."""
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
-        return [f"--device {name}: expected auto, cpu, cuda or cuda:N"]
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", name):
+        return [f"--device {name}: expected auto, cpu, mps, cuda or cuda:N"]
+    if name == "mps" and not torch.backends.mps.is_available():
+        return ["--device mps: no Apple GPU here that this PyTorch can use; use --device cpu"]
+    if name == "mps" and "RANK" in os.environ:
+        return ["--device mps: there is one GPU for all processes; start without torchrun, or use --device cpu"]
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         return [f"--device {name}: no such CUDA GPU here, of {torch.cuda.device_count()}; use --device cpu"]
     return []
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Where to run, and the dtype of the frozen base: bfloat16 on what computes in it, else float16 on GPUs and float32 on
-    CPUs."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """Where to run, and the dtype of the frozen base: bfloat16 on what computes in it, else float16 on NVIDIA's GPUs and
+    float32 elsewhere. Under torchrun, Apple's GPU (mps) is only taken by name."""
+    if device == "auto":
+        has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    device = torch.device(device)
     is_old = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8
     if dtype == "auto":
         dtype = cpu_dtype() if device.type == "cpu" else "float16" if is_old else "bfloat16"
+        if device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):  # which has bfloat16
+            dtype = "float32"
     if dtype == "bfloat16" and is_old:
         raise UserError(f"--dtype bfloat16: {torch.cuda.get_device_name(device)} does not compute in it; use float16 "
                         "or float32")
@@ -147,4 +159,6 @@ def peak_memory(device: torch.device) -> float:
     """GiB: of the GPU's allocator, or of this process (ru_maxrss is in KiB, on macOS in bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":  # what it has now: no peak is kept
+        return torch.mps.driver_allocated_memory() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -246,3 +246,7 @@ def misfits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 def listed(wrong: list[str]) -> str:
     """A list of what is wrong as one line: the first four, and how many more."""
     return "; ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+
+
+if __name__ == "__main__":
+    import data  # noqa: F401  (data.py, which says what to run instead)

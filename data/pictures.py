@@ -64,7 +64,10 @@ def write_gate_page(traces: list[dict], names: list[str], title: str, path: Path
     page = (Path(__file__).parents[1] / "assets" / "gates.html").read_text()
     # a gate is a byte, 255 g, of a base64 text: the gates of a token, then those of the next
     gates = [(trace["gates"].t() * 255).round().to(torch.uint8).numpy().tobytes() for trace in traces]
-    data = {"title": title, "places": layer_and_projection(names),
+    # the page opens on the layer whose gates differ most between tokens, if any do
+    spread = torch.cat([trace["gates"] for trace in traces], dim=1).std(1, correction=0)
+    start = int(spread.argmax()) if spread.max() > 1e-3 else None
+    data = {"title": title, "places": layer_and_projection(names), "start": start,
             "questions": [trace | {"gates": base64.b64encode(g).decode()} for trace, g in zip(traces, gates)]}
     text = json.dumps(data).replace("<", "\\u003c")  # in a <script>, "</script>" would end it
     write_atomically(path, lambda temporary: temporary.write_text(page.replace("{{DATA}}", text)))
@@ -140,9 +143,7 @@ def draw_positions(traces: list[dict], title: str, path: Path) -> None:
     axis.fill_between(positions, low, high, color=COLOURS[0], alpha=0.2, label="10 % to 90 % of all gates")
     axis.plot(positions, [np.mean(by_position[t]) for t in positions], color=COLOURS[0], marker=".",
               label="mean over gates and questions")
-    axis.axvline(-0.5, color="black", linestyle="--", linewidth=1)
-    axis.text(-0.8, 0.02, "prefill (prompt)", ha="right")
-    axis.text(-0.2, 0.02, "decode (answer)", ha="left")
+    axis.axvline(-0.5, color="black", linestyle="--", linewidth=1, label="left: prompt (prefill), right: answer (decode)")
     axis.set(title=title, ylim=(0, 1), ylabel="gate",
              xlabel="token, counted from the answer's first (as far as a quarter of the questions reach)")
     axis.legend(fontsize=8)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 if not __package__:  # run as a script: this folder is then the first place of imports, and its gguf.py would be `gguf`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    if sys.stderr.isatty():
+        print("importing PyTorch", file=sys.stderr)  # which takes seconds
 from data.cli import read_flags, run_command  # noqa: E402
 from data.commonsense import check_question, is_free  # noqa: E402
 from data.files import UserError, parse_json, read_file, unwritable, write_atomically  # noqa: E402

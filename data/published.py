@@ -39,3 +39,7 @@ CONFIGS = {
     "llama-3.2-1b": _LLAMA_32 | dict(n_layer=16, n_head=32, d_model=2048),
     "llama-3.2-3b": _LLAMA_32 | dict(n_layer=28, n_head=24, d_model=3072),
 }
+
+
+if __name__ == "__main__":
+    import data  # noqa: F401  (data.py, which says what to run instead)

@@ -277,12 +277,12 @@ def table(results: dict[str, dict], protocol: str) -> str:
     free = {task: row for task, row in results.items() if not is_choice(row)}
     if not choice:
         return answers_table(free)
-    lines = [f"{'task':<14} {'n':>6} {'acc':>7} {'acc_norm':>9} {'95 % interval':>15} {'majority':>9} {'unparsed':>9} "
+    lines = [f"{'task':<13} {'n':>6} {'acc':>7} {'acc_norm':>9} {'95 % interval':>15} {'majority':>9} {'unparsed':>9} "
              f"{'cut':>5}"]
     rows = choice | ({"mean": mean_result(choice, protocol)} if len(choice) > 1 else {})
     for task, row in rows.items():
         norm = f"{row['acc_norm']:.2f}" if "acc_norm" in row else "-"
         low, high = row["interval"]
-        lines.append(f"{task:<14} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
+        lines.append(f"{task:<13} {row['n']:>6,} {row['acc']:>7.2f} {norm:>9} {f'{low:.1f} - {high:.1f}':>15} "
                      f"{row['majority']:>9.2f} {row['unparsed']:>9} {row['cut']:>5}")
     return "\n".join([*lines, *(["", answers_table(free)] if free else [])])

@@ -152,13 +152,22 @@ class Run:
 def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
     """Says what the run of `facts` is about to do with its training records."""
     c, n_base, n_trainable = facts["config"], facts["base_parameters"], facts["trainable_parameters"]
-    print(f"{c['init']}: {n_base:,} frozen parameters; {c['peft']}, gate {c['gate']}, r {c['r']}: {n_trainable:,} "
-          f"trainable, {100 * n_trainable / (n_base + n_trainable):.4f} % of all; {facts['device']}, "
-          f"{facts['dtype'].removeprefix('torch.')}"
+    print(f"{c['init']}: {n_base:,} frozen parameters; {facts['device']}, {facts['dtype'].removeprefix('torch.')}"
           + (f"; {facts['processes']} processes" if facts["processes"] > 1 else ""))
+    print(f"{c['peft']}, gate {c['gate']}, r {c['r']}: {n_trainable:,} trainable parameters, "
+          f"{100 * n_trainable / (n_base + n_trainable):.4f} % of all")
     forms = {"instruction data" if is_free(record) else f"{c['form']} form": None for record in training}
     tasks = ", ".join(task_names(c["tasks"], c["data"] or DEFAULT))
-    print(f"{len(training):,} training and {n_validation} validation records of {tasks}, {' and '.join(forms)}; loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
+    print(f"{len(training):,} training and {n_validation} validation records of {tasks}")
+    print(f"{' and '.join(forms)}, loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
+    if c["gate"] != "none":
+        print("below: the mean gate on prompts and on answers, and the mean entropy of gates, in nats")
+
+
+# The columns of a progress line and their widths: 80 characters, as wide as a terminal is.
+COLUMNS = {"step": 11, "loss": 7, "prompt": 6, "answer": 6, "entropy": 7, "lr": 8, "norm": 5, "tokens/s": 8, "GiB": 5,
+           "left": 8}
+
 
 
 class Progress:
@@ -170,6 +179,7 @@ class Progress:
         self.started = started - saved.get("seconds", 0.0)  # by time.monotonic, as all times here
         # since the last progress line: its time, the tokens, its step
         self.since, self.tokens, self.logged = time.monotonic(), 0, saved.get("step", 0) - 1
+        self.is_titled = False  # whether the columns' names stand above, not far up
 
     def seconds(self) -> float:
         """What the run has taken, without the time that it was stopped."""
@@ -186,13 +196,17 @@ class Progress:
         line = {"step": step, **numbers, "tokens_per_s": speed, "memory_gib": memory_gib}
         self.run.record(line)
         left = (self.steps - 1 - step) * seconds / (step - self.logged)
-        gates = ""
-        if "gate_prompt" in line:
-            gates = (f" | entropy {line['entropy']:.3f} | gate prompt {line['gate_prompt']:.2f}"
-                     f" answer {line.get('gate_answer', math.nan):.2f}")
         norm, speed = (math.nan if value is None else value for value in (line["grad_norm"], speed))
-        print(f"step {step:>5}/{self.steps} | loss {line['loss']:.4f}{gates} | lr {line['lr']:.2e} | norm {norm:.2f} | "
-              f"{speed:,.0f} tokens/s | {memory_gib:.1f} GiB | {clock(left)} left", flush=True)
+        cells = {"step": f"{step}/{self.steps}", "loss": f"{line['loss']:.4f}"}
+        if "gate_prompt" in line:
+            cells |= {"prompt": f"{line['gate_prompt']:.2f}", "answer": f"{line.get('gate_answer', math.nan):.2f}",
+                      "entropy": f"{line['entropy']:.3f}"}
+        cells |= {"lr": f"{line['lr']:.2e}", "norm": f"{norm:.2f}", "tokens/s": f"{speed:,.0f}",
+                  "GiB": f"{memory_gib:.1f}", "left": clock(left)}
+        if not self.is_titled:
+            print(" ".join(name.rjust(COLUMNS[name]) for name in cells))
+        print(" ".join(text.rjust(COLUMNS[name]) for name, text in cells.items()), flush=True)
+        self.is_titled = True
         self.since, self.tokens, self.logged = now, 0, step
 
     def validated(self, step: int, loss: float) -> bool:
@@ -200,7 +214,8 @@ class Progress:
         is_best = loss < self.best
         self.best = min(loss, self.best)
         self.run.record({"step": step, "validation_loss": loss})
-        print(f"step {step:>5}/{self.steps} | validation loss {loss:.4f}" + (" | best so far" if is_best else ""))
+        print(f"{step}/{self.steps}".rjust(COLUMNS["step"]), f"validation loss {loss:.4f}" + ", best so far" * is_best)
+        self.is_titled = False
         return is_best
 
     @contextmanager

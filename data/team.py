@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 
 class Team(NamedTuple):
@@ -72,8 +70,14 @@ class Team(NamedTuple):
     def shard(self, model: torch.nn.Module, adapters: set[torch.nn.Parameter]):
         """Spreads the frozen base: of each block a process keeps 1 / size, and fetches the rest when the block's turn
         in forward or backward comes. Adapters and their optimizer stay whole everywhere, all else is as it was."""
+        from torch.distributed.device_mesh import init_device_mesh  # a second to import, which few need
+        from torch.distributed.fsdp import fully_shard
         for p in adapters:
             p.data = p.data.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.size,))
         for module in (*model.blocks, model):  # one by one: no more than a block is whole on the device
             fully_shard(module, mesh=mesh, ignored_params=adapters)
+
+
+if __name__ == "__main__":
+    import data  # noqa: F401  (data.py, which says what to run instead)

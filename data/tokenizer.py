@@ -32,10 +32,10 @@ class Tokenizer:
     """Text <-> token ids. All text is text: the name of a special token in it has no power.
 
     eos: the id that ends a text, None if the model has none. bos: the id that stands before every text in the models that
-    were trained so (Llama), else None. ids: all there are; for other rows of a model's vocabulary see `unused`."""
-
-    def __init__(self, encode, decode, ids, eos: int | None, bos: int | None):
-        self._encode, self._decode = encode, decode
+    were trained so (Llama), else None. ids: all there are; for other rows of a model's vocabulary see `unused`.
+    special: those of special tokens by name, for a text that has to hold them (data/chat.py)."""
+    def __init__(self, encode, decode, ids, eos: int | None, bos: int | None, special: dict[str, int] = {}):
+        self._encode, self._decode, self.special = encode, decode, special
         self.ids, self.eos, self.bos = frozenset(ids), eos, bos
         # SentencePiece's kind puts a space before every text: "x" alone has the ids of " x" behind another text.
         self.adds_space = self.encode("a x") == self.encode("a") + self.encode("x")
@@ -113,7 +113,7 @@ def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     if getattr(backend.model, "dropout", None):
         raise UserError(f"its merges are left out at random (dropout {backend.model.dropout}): not supported")
     vocabulary = backend.get_vocab(with_added_tokens=True)
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    special = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
     largest = max(id for token, id in vocabulary.items() if token not in special)
 
     run = partial(in_time if needs_limit(backend, SPLIT.values()) else at_once, file)
@@ -125,7 +125,7 @@ def json_tokenizer(file: Path) -> tuple[Tokenizer, int]:
     if len(before) > 1:
         raise UserError(f"puts the tokens {before} before every text; expected one or none")
     bos = before[0] if before else None
-    return Tokenizer(encode, decode, vocabulary.values(), end_of_text(file.parent, vocabulary), bos), largest
+    return Tokenizer(encode, decode, vocabulary.values(), end_of_text(file.parent, vocabulary), bos, special), largest
 
 
 def with_pairs(raw: dict) -> dict:
@@ -225,7 +225,7 @@ def byte_pairs(name: str, split: str, vocabulary: dict[str, int], special: dict[
         words = (drop(match.group()) for match in regex.finditer(split, text))
         return [i for word in words if word for i in encoding._encode_single_piece(word)]
 
-    return Tokenizer(encode, encoding.decode, vocabulary.values(), eos, bos)
+    return Tokenizer(encode, encoding.decode, vocabulary.values(), eos, bos, special)
 
 
 def byte_symbols() -> dict[str, int]:

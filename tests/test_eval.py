@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 import shutil
 from pathlib import Path
 
@@ -497,6 +498,9 @@ def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_pat
     (["--init", "x", "--split", "train"], "--split train: expected one of val, test"),
     (["--init", "x", "--gates"], "--gates needs --run"),
     (["--init", "x", "--gates", "--prompt", "y"], "--gates and --prompt: expected one of them"),
+    (["--init", "x", "--chat"], "--chat needs --prompt TEXT"),
+    (["--init", "x", "--max-new-tokens", "9"], "--max-new-tokens needs --prompt TEXT"),
+    (["--init", "x", "--prompt", "y", "--max-new-tokens", "-1"], "--max-new-tokens -1: expected 0 (32) or more"),
     (["--init", "x", "--out", __file__], "a file is there"),
     (["--compare", "nowhere", "x"], "nowhere: no results called best-cloze there; first"),
 ])
@@ -728,6 +732,28 @@ def test_gates_are_of_ten_questions_as_generation_reads_them(llama, tmp_path):
     assert written["form"] == "label" and written["gates"]["questions"] == 10
 
 
+def test_the_page_opens_where_gates_differ_most_between_tokens(tmp_path):
+    names = ["blocks.0.attn.q_proj", "blocks.0.mlp.up_proj", "blocks.1.mlp.up_proj"]
+    apart, low, high = torch.tensor([[0.9, 0.9], [0.2, 0.4], [0.1, 0.1]]), torch.full((3, 1), 0.1), torch.full((3, 1), 0.9)
+    for several, start in (([apart], 1), ([apart, low], 0), ([apart, high], 2), ([low], None)):
+        traces = [{"task": "piqa", "tokens": ["x"] * gates.shape[1], "prompt": 1, "gates": gates} for gates in several]
+        pictures.write_gate_page(traces, names, "", tmp_path / "gates.html")
+        found = re.search(r'id="data">(.*)</script>', (tmp_path / "gates.html").read_text()).group(1)
+        assert json.loads(found)["start"] == start
+
+
+def test_what_stands_in_a_picture_is_not_clipped(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (kept.append(figure), figure.savefig(path)))
+    trace = {"prompt": 2, "gates": torch.rand(5, 3, generator=torch.Generator().manual_seed(0))}  # an answer of one token
+    pictures.draw_positions([trace, trace], "", tmp_path / "x.png")
+    (axis,), legend = kept[0].axes, kept[0].axes[0].get_legend()
+    for part in (*axis.texts, legend):
+        box = part.get_window_extent()
+        assert axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1, part
+    assert "right: answer" in legend.get_texts()[-1].get_text()
+
+
 def test_texts_in_the_page_are_harmless(tmp_path):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     trace = {"task": "piqa", "tokens": ["a", evil, "<!--"], "prompt": 1, "gates": torch.tensor([[0.0, 0.5, 1.0]])}
@@ -737,7 +763,7 @@ def test_texts_in_the_page_are_harmless(tmp_path):
     assert page.count("<") == template.count("<") and "innerHTML" not in template
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*)</script>', page).group(1))
     assert data["title"] == evil and data["questions"][0]["tokens"] == ["a", evil, "<!--"]
-    assert data["places"] == [[0, "q_proj"]] and data["questions"][0]["gates"] == "AID/"  # bytes 0, 128, 255
+    assert data["start"] == 0 and data["places"] == [[0, "q_proj"]] and data["questions"][0]["gates"] == "AID/"  # bytes 0, 128, 255
 
 
 def test_a_run_without_gates_has_none_to_show(llama, tmp_path):
@@ -781,6 +807,21 @@ def test_an_answer_is_streamed_with_and_without_the_adapter(run, llama, capsys, 
     assert "\x1b" not in terminal.text and "[0." in terminal.text
 
 
+def test_an_answer_may_be_as_long_as_one_asks_for(llama, capsys):
+    """How long it was, is said where it may not have been all."""
+    tokenizer, model = load_tokenizer(llama), Transformer.from_pretrained(llama)
+    for new, flags in ((32, []), (5, ["--max-new-tokens", 5]), (60, ["--max-new-tokens", 60])):
+        answer = program("--init", llama, "--prompt", "why", *flags)["the base"]
+        ids = model.generate([tokenizer.encode("why")], new, tokenizer.eos)[0]
+        cut = f"[cut: {new} new tokens are all that --max-new-tokens allows]" in capsys.readouterr().out
+        assert answer == tokenizer.decode(ids) and cut == (len(ids) == new)
+    model.decode = lambda prompts, *_: iter(torch.tensor([i]) for i in (5, 6, tokenizer.eos, 7))
+    assert evaluation.show_decoding(model, tokenizer, "why", 20, 8)["the base"] == tokenizer.decode([5, 6])
+    assert "[cut" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="the base's context of 512 leaves no room for 500 new tokens"):
+        program("--init", llama, "--prompt", "why", "--max-new-tokens", 500)
+
+
 def test_a_long_prompt_loses_its_start_but_for_the_begin_of_text(llama, capsys):
     model, tokenizer = Transformer.from_pretrained(llama), load_tokenizer(llama)
     text, tokenizer.bos = "".join(map(chr, range(33, 120))), 7
@@ -794,6 +835,40 @@ def test_control_characters_do_not_reach_the_terminal():
     for colour in (False, True):
         assert "\x1b[2J" not in pictures.paint("a\x1b[2Jb\x07", 0.5, colour)
     assert pictures.paint("one\n", 0.25, False) == "one[0.25]\n"
+
+
+# -------------------------------------------------------------------------------------------- what is said
+
+def test_a_run_in_cloze_form_has_never_seen_the_instruction(llama, tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", llama)
+    for flags, warned in ((["generate"], 1), (["label"], 0), (["cloze"], 0)):
+        program("--run", run, "--limit", 1, "--protocol", *flags)
+        printed = capsys.readouterr().out
+        assert printed.count("WARNING: ") == warned
+    monkeypatch.setattr(evaluation.Transformer, "from_pretrained", lambda *args, **options: pytest.fail("costly"))
+    with pytest.raises(pytest.fail.Exception, match="costly"):
+        program("--run", run, "--protocol", "generate")
+    assert "was trained in cloze form and has never seen the instruction" in capsys.readouterr().out
+
+
+def test_gates_say_whose_questions_they_are_of(run, capsys):
+    program("--run", run, "--gates", "--limit", 1)
+    assert f"cloze, 2 questions (test) of {SAMPLE}\n" in capsys.readouterr().out
+
+
+def test_the_source_of_the_data_is_told_once(llama, tmp_path, monkeypatch, capsys):
+    module = sys.modules["data.prepare"]
+    for place in (module, evaluation, sys.modules["data.results"]):
+        monkeypatch.setattr(place, "DEFAULT", tmp_path / "commonsense")
+    monkeypatch.setattr(module.prepare, "__defaults__", (("train", "test"), "auto", tmp_path / "commonsense"))
+    monkeypatch.setattr(sys.modules["data.sources"], "hub_reachable", lambda: False)
+    monkeypatch.setattr(module, "fetch_records", lambda task, split, source: load_records(task, split, SAMPLE))
+    argv = ["--init", str(llama), "--tasks", "piqa,boolq", "--limit", "1", "--out", str(tmp_path / "out")]
+    evaluation.main(argv)
+    assert capsys.readouterr().out.count("the Hugging Face hub cannot be reached") == 1
+    assert {file.name for file in (tmp_path / "commonsense" / "piqa").iterdir()} == {"test.jsonl"}
+    evaluation.main([*argv, "--split", "val"])
+    assert {file.name for file in (tmp_path / "commonsense" / "boolq").iterdir()} == {"test.jsonl", "train.jsonl"}
 
 
 # ------------------------------------------------------------------------------------------------- splits

@@ -30,7 +30,7 @@ import eval as evaluation
 import fuzz
 import train
 from conftest import VOCAB, write_gguf, write_gpt2, write_llama
-from data import download, prepare
+from data import cli, download, prepare
 from data.cli import device_problems, join_negative_numbers, run_command
 from data.commonsense import DEFAULT_INSTRUCTION, INSTRUCTION, with_capital, without_tags
 from data.files import UserError, first_line, reading
@@ -195,10 +195,10 @@ CASES = [
     ("train", "--peft ia3", "--peft ia3: expected one of lora, dora, hira, gatera"),
     ("train", "--peft lora --gate soft", "gate 'soft': expected one of none, token, static"),
     ("train", "--preset slowstart", "--preset slowstart: expected one of quickstart"),
-    ("train", "--device tpu", "--device tpu: expected auto, cpu, cuda or cuda:N"),
+    ("train", "--device tpu", "--device tpu: expected auto, cpu, mps, cuda or cuda:N"),
     ("train", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),
-    ("train", f"--device cuda:{'9' * 5000}", ": expected auto, cpu, cuda or cuda:N"),
-    ("train", "--device cuda:\u0660", ": expected auto, cpu, cuda or cuda:N"),
+    ("train", f"--device cuda:{'9' * 5000}", ": expected auto, cpu, mps, cuda or cuda:N"),
+    ("train", "--device cuda:\u0660", ": expected auto, cpu, mps, cuda or cuda:N"),
     ("eval", "--limit -1 --max-len 3", "--limit -1: expected 0 (all) or more; --max-len 3: expected 16 or more"),
     ("eval", f"--protocol generate --beams {2**62}", f"--beams {2**62}: expected a whole number from 1 to 1000"),
     ("eval", "--prompt '\ud800'", "--prompt \\ud800: expected a value"),
@@ -374,6 +374,26 @@ def test_gpus_that_are_not_there_or_too_old(program, place, capsys, monkeypatch)
         line = refused(lambda: PROGRAMS[program]([*argv, "--device", device, "--dtype", "bfloat16"]), capsys)
         assert "--dtype bfloat16: Old GPU does not compute in it; use float16 or float32" in line
     assert evaluation.pick_device("auto", "auto") == (torch.device("cuda"), torch.float16)
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_apples_gpu(program, place, capsys, monkeypatch):
+    argv = [*shlex.split(COMMON[program]), "--device", "mps"]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "--device mps: no Apple GPU here" in refused(lambda: PROGRAMS[program](argv), capsys)
+    assert cli.pick_device("auto", "float32")[0].type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for has_bfloat16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: has_bfloat16)
+        assert cli.pick_device("auto", "auto") == cli.pick_device("mps", "auto") == (torch.device("mps"), dtype)
+        assert cli.pick_device("mps", "float16")[1] == torch.float16
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 2**30)
+    assert cli.peak_memory(torch.device("mps")) == 3.0
+    missing = NotImplementedError("The operator 'aten::x' is not currently implemented for the MPS device.\nMore.")
+    assert "for the MPS device.; use --device cpu" in refused(fail_with(missing), capsys)
+    monkeypatch.setenv("RANK", "0")
+    assert cli.pick_device("auto", "float32")[0].type == "cpu"
+    assert "start without torchrun" in refused(lambda: PROGRAMS[program](argv), capsys)
 
 
 def test_odd_names_and_texts_are_printed_somehow(place, capsys):

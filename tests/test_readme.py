@@ -52,7 +52,7 @@ def section(title: str) -> str:
     return found.group(1)
 
 
-KNOWN = ("python", "pip", "torchrun", "git", ".")
+KNOWN = ("python", "python3", "pip", "torchrun", "git", ".")
 
 
 def shell(text: str) -> list[str]:
@@ -185,7 +185,9 @@ def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
             subprocess.run(words, check=True, env=here)
         case ("python", "assets/evidence/tables.py", *_):
             subprocess.run([sys.executable, *words[1:]], check=True)
-        case ("python", "-m", "venv", _) | (".", ".venv/bin/activate"):
+        case ("python", "-m", "data.download"):
+            assert (Path("data") / "download.py").is_file()  # it downloads
+        case ("python3", "-m", "venv", _) | (".", ".venv/bin/activate"):
             pass  # this Python has an environment
         case ("pip", "install", "-r", file):
             assert Path(file).is_file()  # this Python has them
@@ -228,6 +230,20 @@ def test_the_tables_are_what_the_evidence_says(monkeypatch):
         assert table() in ALL, f"assets/evidence/{name}.json: expected this table in README.md or beside it:\n{table()}"
     *first, last = tables.says_true().values()
     assert f"{', '.join(map(str, first))} and {last} times" in " ".join(ALL.split())
+
+
+def test_what_is_to_be_cited_is_the_paper_that_README_names():
+    """In CITATION.cff, which GitHub reads; of the code itself no author is known by name."""
+    yaml, software = pytest.importorskip("yaml"), (ROOT / "CITATION.cff").read_text()
+    software = yaml.safe_load(software)
+    paper = software["preferred-citation"]
+    entry = dict(re.findall(r"(\w+) += \{(.*?)\}(?=,|\n)", next(text for _, kind, text in BLOCK.findall(README) if kind == "bibtex")))
+    assert entry["title"].replace("{", "").replace("}", "") == paper["title"] and entry["doi"] == paper["doi"]
+    assert entry["author"].split(" and ") == [f"{name['family-names']}, {name['given-names']}" for name in paper["authors"]]
+    assert [entry[key] for key in ("volume", "number", "year", "booktitle")] == [
+        str(paper[key]) for key in ("volume", "issue", "year", "collection-title")]
+    assert software["version"] == programs().gatera.__version__ and software["cff-version"] == "1.2.0"
+    assert software["authors"] == [{"name": "the gatera authors"}] and "the gatera authors" in (ROOT / "LICENSE").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- quoted source

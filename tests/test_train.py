@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from conftest import CPU_DTYPE, hub_files, write_gpt2, write_llama
+from data import runs
 from data.commonsense import FORMS, Question, check_question, pack, scoring_questions, training_question
 from data.files import UserError, json_lines
 from data.prepare import load_records
@@ -178,6 +180,28 @@ def test_tokens_per_second_are_those_of_training(llama, tmp_path, monkeypatch):
     questions = [training_question(record, "label", load_tokenizer(llama), 512) for record in records]
     read = sum(len(question.prompt) + len(question.answers[0]) - 1 for question in questions)
     assert sum(line["tokens_per_s"] * seconds for line, seconds in zip(lines, (1, 2, 2, 1))) == pytest.approx(3 * read)
+
+
+@pytest.mark.parametrize("step, speed, seconds", [(0, 5e5, 3.0), (38, 123.4, 0.1), (23440, 5e5, 1.9)])
+def test_a_progress_line_fits_a_terminal(step, speed, seconds, monkeypatch, capsys):
+    """80 columns, for the longest runs on the largest GPUs; its numbers stand below their names."""
+    now, lines = iter([0.0, seconds, 2 * seconds]), []
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    progress = runs.Progress(SimpleNamespace(record=lines.append), 60000, {"step": step}, 0.0)
+    for step, gates in ((step, {"gate_prompt": 0.25, "gate_answer": 0.5, "entropy": 0.6934}), (step + 1, {})):
+        progress.tokens = speed * seconds
+        progress.log(step, loss=10.81234, **gates, lr=1.25e-5, grad_norm=12.345, memory_gib=139.61)
+        assert lines[-1]["loss"] == 10.81234 and lines[-1]["grad_norm"] == 12.345  # the file has all digits
+        progress.validated(step, 9.5)
+        names, numbers, validation = capsys.readouterr().out.splitlines()
+        assert len(numbers) == len(names) <= 80 and len(validation) <= 80
+        ends = {match.group(): match.end() for match in re.finditer(r"\S+", names)}
+        below = {name: numbers[:end].split()[-1] for name, end in ends.items()}
+        left = runs.clock((59999 - step) * seconds)
+        gates = {"prompt": "0.25", "answer": "0.50", "entropy": "0.693"} if gates else {}
+        assert below == {"step": f"{step}/60000", "loss": "10.8123", **gates, "lr": "1.25e-05", "norm": "12.35",
+                         "tokens/s": f"{speed:,.0f}", "GiB": "139.6", "left": left}
+    assert validation.endswith("validation loss 9.5000") and not validation.endswith("best so far")
 
 
 def test_every_step_has_a_dropout_mask_of_its_own(llama, tmp_path):
