@@ -38,7 +38,7 @@ from data.cli import device_problems, flag, peak_memory, pick_device, read_flags
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
-from data.files import UserError, fingerprint, is_out_of_memory, reading, unwritable
+from data.files import Stopped, UserError, fingerprint, is_out_of_memory, reading, unwritable
 from data.prepare import (DEFAULT, check_records, count_repeated, hold_out, line_numbers, load_records, prepare, task_names,
                           task_problems)
 from data.results import accuracy_key
@@ -46,7 +46,7 @@ from data.resume import read_settings, unusable
 from data.runs import Progress, Run, Signals, clock, introduce
 from data.team import Team
 from eval import evaluate, log_likelihoods
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
+from gatera import (GATES, METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
                     inject_adapters, load_adapter, save_adapter)
 from model import Transformer, compile_blocks, load_tokenizer, read_config
 
@@ -62,7 +62,7 @@ class Config:
     resume: str = ""                # go on with the run in this directory, with its settings
     # the method
     peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
-    gate: str = ""                  # none, token or static; default: token for gatera, none for the others
+    gate: str = ""                  # default: token for gatera, none for the others
     r: int = 32                     # rank
     alpha: float = 0.0              # LoRA and DoRA scale by alpha / r; 0: alpha = 2 r
     dropout: float = 0.0            # on the adapters' input
@@ -108,7 +108,7 @@ PRESETS = {
                        validation=40, eval_every=20, log_every=2, test=200),
 }
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
-CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "form": FORMS,
+CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "gate": GATES, "form": FORMS,
            "dtype": ("auto", "float32", "bfloat16", "float16")}
 # What --resume may set anew. (With --dropout, --micro-batch changes the masks; --data has to hold the same records.)
 MAY_CHANGE = (*UNIMPORTANT, "eval_every")
@@ -414,7 +414,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
 
     if caught or signals.caught:
         print(f"interrupted; {run.advice()}")
-        sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])  # SIGTERM where another process was told to stop
+        raise Stopped(run.advice(), (signals.caught or [signal.SIGTERM])[0])  # SIGTERM where another process was told to
     signals.release()
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
@@ -491,6 +491,12 @@ def scores_before_and_after(model, tokenizer, task: str, records: list[dict], c:
 # ---------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
+    """A run, as on the command line: argv holds flags and their values, which may be numbers and paths. Returns
+
+        {"out": its directory, "steps": int, "best_validation_loss": nats or None, "seconds": float,
+         "tasks": {task: {"acc" and "acc_norm": {"before" and "after": percent}}} of --test's questions}.
+
+    UserError for what a user can mend; Stopped, a KeyboardInterrupt, when Ctrl-C or SIGTERM ends it, with all saved."""
     c = parse(sys.argv[1:] if argv is None else argv)
     device, dtype = pick_device(c.device, c.dtype)
     team = Team.join(device)
@@ -502,7 +508,7 @@ def main(argv: list[str] | None = None) -> dict:
         with quiet:
             results = train(c, dtype, team, run, signals)
         team.leave()
-        return results
+        return {"out": c.out} | results
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         if not (text := explain(error, c, team, run)):
             raise

