@@ -60,7 +60,7 @@ SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "limit", "max_len", "
                    "eval_every", "seed")
 # What changes no step of training but by rounding, or only how many there are.
 UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
-               "device", "compile", "checkpointing", "fsdp")
+               "device", "compile", "checkpointing", "fsdp", "logger")
 
 
 def common_tasks(groups: list[str], methods: list[list[Results]], chosen: list[str]) -> list[str]:
