@@ -43,16 +43,17 @@ from data.cli import device_problems, flag, peak_memory, pick_device, read_flags
 from data.commonsense import FORMS, Packed, Question, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
-from data.files import UserError, fingerprint, is_out_of_memory, reading, unwritable
+from data.files import Stopped, UserError, fingerprint, reading, unwritable
+from data.loggers import LOGGERS, logger_problems
 from data.own import read_template
 from data.prepare import (DEFAULT, check_records, count_repeated, has_test, hold_out, line_numbers, load_records, prepare,
                           task_names, task_problems)
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
-from data.runs import Progress, Run, Signals, clock, introduce
+from data.runs import Progress, Run, Signals, clock, introduce, run_name
 from data.team import Team
 from eval import evaluate, log_likelihoods
-from gatera import (METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
+from gatera import (GATES, METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
                     inject_adapters, load_adapter, save_adapter)
 from model import Transformer, compile_blocks, load_tokenizer, read_config
 
@@ -62,13 +63,13 @@ from model import Transformer, compile_blocks, load_tokenizer, read_config
 @dataclass
 class Config:
     """Every setting. The comment of a field is its --help; the defaults are the paper's recipe."""
-    preset: str = ""                # a named set of other defaults: quickstart
+    preset: str = ""                # a named set of other defaults, and the method's best rate in short runs
     init: str = "gpt2-medium"       # base: gpt2, smollm2-135m, llama-3-8b, ..., a hub id, a directory, a .gguf file
-    out: str = ""                   # run directory; default out/<preset>, or out/<init>-<peft>-<gate>
+    out: str = ""                   # default out/<preset> or out/<init>-<peft>-<gate>-lr<lr>-seed<seed>, and other flags
     resume: str = ""                # go on with the run in this directory, with its settings
     # the method
     peft: str = "gatera"            # lora, dora, hira, or gatera, which is hira with the token gate
-    gate: str = ""                  # none, token or static; default: token for gatera, none for the others
+    gate: str = ""                  # default: token for gatera, none for the others
     r: int = 32                     # rank
     alpha: float = 0.0              # LoRA and DoRA scale by alpha / r; 0: alpha = 2 r
     dropout: float = 0.0            # on the adapters' input
@@ -91,7 +92,7 @@ class Config:
     micro_batch: int = 0            # records a forward, gradients add up to the batch's; 0: the whole batch
     epochs: int = 3                 # passes over the training records
     max_steps: int = 0              # stop after so many steps; 0: by epochs
-    warmup: int = 100               # steps of linear warmup, before linear decay to 0
+    warmup: int = -1                # steps of linear warmup, before linear decay to 0; -1: a tenth of all, at most 100
     clip: float = 1.0               # largest gradient norm; 0: no clipping
     seed: int = 1337                # of the adapter's start, the data's order and dropout
     # validation and logging
@@ -99,6 +100,7 @@ class Config:
     eval_every: int = 200           # steps between validations
     log_every: int = 10             # steps between progress lines
     save_every: int = 100           # steps between checkpoints, from which --resume goes on
+    logger: str = "none"            # where metrics go besides metrics.jsonl
     test: int = 0                   # score so many test questions of each task before and after training; 0: none
     # machine
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ..., mps (Apple)
@@ -111,11 +113,12 @@ class Config:
 PRESETS = {
     # SmolLM2-135M learns to answer grade-school science questions in minutes of a laptop's CPU. The multiplicative
     # update of HiRA wants a high rate: of 5e-3, 1e-2 and 2e-2, 1e-2 had the lowest loss on held-out training records.
-    "quickstart": dict(init="smollm2-135m", tasks="ARC-Easy", form="cloze", lr=1e-2, batch=16, max_steps=40, warmup=4,
+    "quickstart": dict(init="smollm2-135m", tasks="ARC-Easy", form="cloze", lr=1e-2, batch=16, max_steps=40,
                        validation=40, eval_every=20, log_every=2, test=200),
 }
+RATES = {"lora": 1e-3, "dora": 1e-3, "lora-token": 3e-3, "dora-token": 3e-3}  # in place of a preset's lr, found likewise
 TARGETS = {"qkv": ("q_proj", "k_proj", "v_proj"), "fc": ("up_proj", "down_proj")}
-CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "form": FORMS,
+CHOICES = {"preset": PRESETS, "peft": (*METHODS, "gatera"), "gate": GATES, "form": FORMS, "logger": LOGGERS,
            "dtype": ("auto", "float32", "bfloat16", "float16")}
 # What --resume may set anew. (With --dropout, --micro-batch changes the masks; --data has to hold the same records.)
 MAY_CHANGE = (*UNIMPORTANT, "eval_every")
@@ -140,8 +143,9 @@ def parse(argv: list[str]) -> Config:
         wrong.append(f"--out {given['out']}: a run is resumed where it is")
     c = Config(**(PRESETS.get(given.get("preset"), {}) | recorded | given))
     c.gate = c.gate or ("token" if c.peft == "gatera" else "none")
-    base = Path(c.init).name.removesuffix(".gguf")
-    c.out = c.resume or c.out or f"out/{c.preset or f'{base}-{c.peft}-{c.gate}'}"
+    if c.preset and "lr" not in recorded | given:
+        c.lr = RATES.get(f"{c.peft}-{c.gate}", RATES.get(c.peft, c.lr))
+    c.out = c.resume or c.out or f"out/{run_name(dataclasses.asdict(c), given)}"
     if wrong := wrong + check(c):
         raise UserError("; ".join(wrong))
     return c
@@ -158,20 +162,22 @@ def check(c: Config) -> list[str]:
         (c.max_len >= 16, f"--max-len {c.max_len}: expected 16 or more"),
         (0 <= c.seed < 2**63, f"--seed {c.seed}: expected a whole number from 0 to 2^63 - 1"),
         (not c.max_steps or c.warmup < c.max_steps,
-         f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}"),
+         f"--warmup {c.warmup}: expected less than --max-steps {c.max_steps}; lower it or leave it out"),
         (not (c.compile and c.fsdp), "--compile with --fsdp: expected one of them"),
         (not c.fsdp or "RANK" in os.environ, "--fsdp: expected a start by torchrun --nproc_per_node=N -- train.py"),
     ]
     least = {1: ("batch", "epochs", "eval_every", "log_every", "save_every"),
-             0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "warmup", "clip",
-                 "validation", "test")}
+             0: ("entropy_weight", "gate_lr", "limit", "weight_decay", "micro_batch", "max_steps", "clip", "validation",
+                 "test"),
+             -1: ("warmup",)}
     rules += [(low <= getattr(c, name) <= 1e12, f"{flag(name)} {getattr(c, name)}: expected a number from {low} to 1e12")
               for low, names in least.items() for name in names]
     # read_flags has checked those of the command line, but nobody those of the run to resume.
     rules += [(getattr(c, name) in ("", *choices),
                f"{flag(name)} {getattr(c, name)}: expected one of {', '.join(choices)}")
               for name, choices in CHOICES.items()]
-    wrong = [message for is_fine, message in rules if not is_fine] + task_problems(c.tasks, c.data or DEFAULT) + device_problems(c.device)
+    wrong = [message for is_fine, message in rules if not is_fine] + task_problems(c.tasks, c.data or DEFAULT)
+    wrong += device_problems(c.device) + logger_problems(c.logger)
     if problem := unwritable(Path(c.out)) if c.resume else unusable(Path(c.out)):
         wrong.append(f"--out {problem}")
     try:
@@ -264,8 +270,10 @@ def load_inputs(c: Config, team: Team):
         for records, split in ((training + validation, "train"), (sum(test.values(), []), "test")):
             check_records(records, split, c.form, tokenizer, c.max_len, c.data or DEFAULT, c.template)
         steps = c.max_steps or c.epochs * math.ceil(len(training) / c.batch)
+        c.warmup = min(100, steps // 10) if c.warmup == -1 else c.warmup
         if c.warmup >= steps:
-            raise UserError(f"--warmup {c.warmup}: expected less than the {steps} steps of the run")
+            raise UserError(f"--warmup {c.warmup}: expected less than the {steps} steps of the run; lower it or leave it "
+                            "out")
         find_model(c.init, weights=True)
     return tokenizer, steps, training, validation, test
 
@@ -303,10 +311,11 @@ def run_facts(c: Config, steps: int, records: list[list[dict]], model, dtype: to
     """What config.json holds: all that is needed to repeat the run."""
     n_trainable = sum(p.numel() for p in adapter_state(model).values())
     n_base = sum(p.numel() for p in model.parameters()) - n_trainable
+    of_all, of_training = (hashlib.sha256(json.dumps(part).encode()).hexdigest() for part in (records, records[0]))
     return {"config": dataclasses.asdict(c) | {"resume": ""}, "adapter": dataclasses.asdict(model.adapter_config),
             "steps": steps, "base_parameters": n_base, "trainable_parameters": n_trainable,
             "base_sha256": model.base_sha256,
-            "data_sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(), "processes": team.size,
+            "data_sha256": of_all, "train_sha256": of_training, "processes": team.size,
             "device": str(team.device), "dtype": str(dtype), "torch": torch.__version__,
             "python": platform.python_version()}
 
@@ -424,7 +433,7 @@ def train(c: Config, dtype: torch.dtype, team: Team, run: Run, signals: Signals)
 
     if caught or signals.caught:
         print(f"interrupted; {run.advice()}")
-        sys.exit(128 + (signals.caught or [signal.SIGTERM])[0])  # SIGTERM where another process was told to stop
+        raise Stopped(run.advice(), (signals.caught or [signal.SIGTERM])[0])  # SIGTERM where another process was told to
     signals.release()
     return finish(c, model, tokenizer, test_records, progress, team, run)
 
@@ -508,38 +517,31 @@ def scores_before_and_after(model, tokenizer, task: str, records: list[dict], c:
 # ---------------------------------------------------------------------------------------------------- main
 
 def main(argv: list[str] | None = None) -> dict:
+    """A run, as on the command line: argv holds flags and their values, which may be numbers and paths. Returns
+
+        {"out": its directory, "steps": int, "best_validation_loss": nats or None, "seconds": float,
+         "tasks": {task: {"acc" and "acc_norm": {"before" and "after": percent}}} of --test's questions}.
+
+    UserError for what a user can mend; Stopped, a KeyboardInterrupt, when Ctrl-C or SIGTERM ends it, with all saved."""
     c = parse(sys.argv[1:] if argv is None else argv)
     device, dtype = pick_device(c.device, c.dtype)
     team = Team.join(device)
     dtype = team.of_the_first(dtype)  # each has timed what its cores are quick in
-    run, signals = Run(Path(c.out), is_writer=team.rank == 0, processes=team.size), Signals()
+    run, signals = Run(Path(c.out), team.rank == 0, team.size, c.logger), Signals()
     # Of several processes, the first alone speaks.
     quiet = nullcontext() if team.rank == 0 else redirect_stdout(open(os.devnull, "w"))
     try:
         with quiet:
             results = train(c, dtype, team, run, signals)
         team.leave()
-        return results
+        return {"out": c.out} | results
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        if not (text := explain(error, c, team, run)):
+        if not (text := run.explain(error, c, team)):
             raise
         raise UserError(text) from error
     finally:
         signals.release()
         run.close()
-
-
-def explain(error: Exception, c: Config, team: Team, run: Run) -> str:
-    """What a user can do about a fault of the machine; "" for a mistake in the program."""
-    if is_out_of_memory(error):
-        size = c.micro_batch or math.ceil(c.batch / team.size)
-        return (f"out of memory: lower --micro-batch (now {size}) or --max-len (now {c.max_len})"
-                f"{'' if c.checkpointing else ', or add --checkpointing'}; {run.advice()}")
-    if isinstance(error, (OSError, SafetensorError)) and run.metrics:  # the disk is full, ...
-        return f"cannot write: {error}; {run.advice()}"
-    if team.has_lost_one(error):
-        return f"process {team.rank}: another process has ended, its own message says why; {run.advice()}"
-    return ""
 
 
 if __name__ == "__main__":

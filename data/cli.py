@@ -7,11 +7,13 @@ import os
 import re
 import resource
 import sys
+import textwrap
 import time
+from functools import partial
 
 import torch
 
-from data.files import UserError, first_line, is_panic, is_text
+from data.files import Stopped, UserError, first_line, is_panic, is_text
 
 
 def flag(name: str) -> str:
@@ -19,32 +21,53 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_flags(settings: type, argv: list[str], description: str, choices: dict = {}) -> tuple[dict, list[str]]:
+# What other programs call flags of ours that are not spelt alike.
+OTHER_NAMES = {"--rank": "--r", "--lora-r": "--r", "--learning-rate": "--lr", "--method": "--peft", "--model": "--init",
+               "--batch-size": "--batch", "--output-dir": "--out", "--steps": "--max-steps", "--lambda": "--entropy-weight"}
+
+
+def make_parser(settings: type, description: str, choices: dict) -> argparse.ArgumentParser:
+    """A flag for each field of a dataclass. A comment that ends a field's line is the flag's --help, and one that has a
+    line of its own is the title of those that follow."""
+    description = "\n\n".join(part if part.startswith(" ") else textwrap.fill(part, 79)
+                              for part in description.strip().split("\n\n"))
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
+                                     exit_on_error=False,
+                                     formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=79))
+    fields, group = {field.name: field for field in dataclasses.fields(settings)}, parser
+    for line in inspect.getsource(settings).splitlines():
+        if title := re.fullmatch(r"    # (.*)", line):
+            group = parser.add_argument_group(title[1])
+        elif found := re.match(r"    (\w+): .*?# (.*)", line):
+            field, text = fields[found[1]], found[2].replace("%", "%%")
+            if field.type is bool:
+                group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None,
+                                   help=f"{text} [no]")
+                continue
+            word = "|".join(choices.get(field.name, [])) or {list: "WORD"}.get(field.type, field.type.__name__.upper())
+            group.add_argument(flag(field.name), nargs="+" if field.type is list else None, metavar=word,
+                               help=f"{text} [{field.default}]" if field.default not in ("", [], None) else text)
+    return parser
+
+
+def read_flags(settings: type, argv: list, description: str, choices: dict = {}) -> tuple[dict, list[str]]:
     """({field: value} of the flags that are given, what is wrong with them, one text each).
 
-    settings: a dataclass. Each field is a flag; its type is that of the value, where a list takes several words, and
-    the comment that ends its line is its --help. choices: {field: the values that it may have}."""
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(settings), re.MULTILINE))
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings: a dataclass. Each field is a flag; its type is that of the value, where a list takes several words.
+    argv: flags and values; from Python, values may be numbers and paths. choices: {field: the values it may have}."""
     fields = {field.name: field for field in dataclasses.fields(settings)}
-    for field in fields.values():
-        text = comments[field.name].replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            word = "|".join(choices.get(field.name, [])) or field.type.__name__.upper()
-            parser.add_argument(flag(field.name), nargs="+" if field.type is list else None, metavar=word,
-                                help=f"{text} [{field.default}]" if field.default not in ("", [], None) else text)
     try:
-        known, unknown = parser.parse_known_args(join_negative_numbers(argv))
+        known, unknown = make_parser(settings, description, choices).parse_known_args(
+            join_negative_numbers(list(map(str, argv))))
     except argparse.ArgumentError as error:  # a flag without its value
         raise UserError(f"{str(error).removeprefix('argument ')}; see --help") from None
 
     # the value of an unknown flag is no error of its own
     wrong = []
     for word in [word for word in unknown if word.startswith("--")] or unknown:
-        close = difflib.get_close_matches(word.split("=")[0], map(flag, fields), n=1, cutoff=0.8)
+        name, flags = word.split("=")[0], list(map(flag, fields))
+        close = [other for other in [OTHER_NAMES.get(name)] if other in flags]
+        close += difflib.get_close_matches(name, flags, n=1, cutoff=0.8)
         wrong.append(f"unknown argument {word}" + (f" (did you mean {close[0]}?)" if close else "; see --help"))
     given = {}
     for name, words in vars(known).items():
@@ -91,6 +114,8 @@ def run_command(main) -> None:
         end_with(str(error))
     except MemoryError:
         end_with("out of memory: this needs more than there is here")
+    except Stopped as error:  # which has said how to go on
+        sys.exit(128 + error.signal)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is whole", file=sys.stderr)
         sys.exit(130)
@@ -144,19 +169,21 @@ def cpu_dtype() -> str:
     the time of one thread, so that a busy machine comes to the same."""
     seconds, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        x, W, times = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            start = time.thread_time()
-            x @ W
-            times.append(time.thread_time() - start)
-        seconds[dtype] = min(times)
-    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, W, times = torch.ones(64, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
+            for _ in range(5):
+                start = time.thread_time()
+                x @ W
+                times.append(time.thread_time() - start)
+            seconds[dtype] = min(times)
+    finally:
+        torch.set_num_threads(threads)
     return "bfloat16" if 2 * seconds[torch.bfloat16] < seconds[torch.float32] else "float32"
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU's allocator, or of this process (ru_maxrss is in KiB, on macOS in bytes)."""
+    """GiB: of the GPU's allocator, or of this process since it began (ru_maxrss is in KiB, on macOS in bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "mps":  # what it has now: no peak is kept

@@ -28,18 +28,27 @@ def find_results(run: str, c) -> Path:
         return directory
     settings = read_facts(directory / "config.json").get("config", {})
     protocol, split = c.protocol or settings.get("form", "cloze"), c.split or usual_split(settings.get("data") or DEFAULT)
-    chosen = directory / "eval" / results_name(c.adapter, protocol, replace(c, split=split))
-    if (chosen / "predictions.jsonl").exists():
-        return chosen
-    there = ", ".join(sorted(path.parent.name for path in directory.glob("eval/*/predictions.jsonl")))
-    advice = f"there are {there}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
-             f"{run}/eval/NAME; or evaluate it " if there else ""
+    return directory / "eval" / results_name(c.adapter, protocol, replace(c, split=split))
+
+
+def check_evaluated(runs: list[str], c) -> None:
+    """UserError that names all runs without results, and how to get them."""
+    missing = [run for run in dict.fromkeys(runs) if not (find_results(run, c) / "predictions.jsonl").exists()]
+    if not missing:
+        return
     usual = {"adapter": "best", "protocol": "", "split": "", "beams": 4, "max_new_tokens": 0, "limit": 0,
              "skip_closed": None, "data": ""}
     given = {name: getattr(c, name) for name, value in usual.items() if getattr(c, name) != value}
-    flags = [word for name, value in given.items() for word in (flag(name), str(value))]
-    raise UserError(f"{run}: no results called {chosen.name} there; {advice}first: "
-                    + shlex.join(["python", "eval.py", "--run", run, *flags]))
+    flags = shlex.join(word for name, value in given.items() for word in (flag(name), str(value)))
+    there = sorted({path.parent.name for run in missing for path in Path(run).glob("eval/*/predictions.jsonl")})
+    advice = f"there are {', '.join(there)}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
+             f"{missing[0]}/eval/NAME; or evaluate first" if there else "first"
+    name = " or ".join(sorted({find_results(run, c).name for run in missing}))
+    each = '"$run"' if len(missing) > 1 else shlex.quote(missing[0])
+    command = f"python eval.py --run {each} {flags}".strip()
+    loop = f"for run in {shlex.join(missing)}; do {command}; done"
+    raise UserError(f"{', '.join(missing)}: no results called {name} there; {advice}: "
+                    + (loop if len(missing) > 1 else command))
 
 
 class Results(NamedTuple):
@@ -65,11 +74,11 @@ def load_results(run: str, c) -> Results:
 # ------------------------------------------------------------------------------- what can be compared
 
 # What runs must share for their difference to be the method's. Whatever else differs is what is being compared.
-SHARED_SETTINGS = ("base", "tasks", "data_sha256", "form", "template", "limit", "max_len", "batch", "steps", "validation",
-                   "eval_every", "seed")
+SHARED_SETTINGS = ("base", "tasks", "data_sha256", "train_sha256", "form", "template", "limit", "max_len", "batch", "steps",
+                   "validation", "eval_every", "seed")
 # What changes no step of training but by rounding, or only how many there are.
 UNIMPORTANT = ("resume", "out", "data", "max_steps", "epochs", "micro_batch", "log_every", "save_every", "test",
-               "device", "compile", "checkpointing", "fsdp")
+               "device", "compile", "checkpointing", "fsdp", "logger")
 
 
 def common_tasks(groups: list[str], methods: list[list[Results]], chosen: list[str]) -> list[str]:
@@ -101,10 +110,15 @@ def setting_differences(methods: list[list[Results]]) -> tuple[list[str], list[s
     base = "{base_sha256:.8} in {dtype}"
     settings = [[{"base": base.format(**run.summary["configuration"])} | (run.summary["settings"] or {})
                  for run in method] for method in methods]
-    names = {name for method in settings for run in method for name in run} - {"preset", "init", *UNIMPORTANT}
+    # data_sha256 is also of the validation records, how many of which there are is a setting by itself; but an earlier
+    # version of train.py wrote no other digest.
+    have_both = all("train_sha256" in run for method in settings for run in method if "data_sha256" in run)
+    redundant = "data_sha256" if have_both else "train_sha256"
+    names = {name for method in settings for run in method for name in run} - {"preset", "init", redundant, *UNIMPORTANT}
     wrong, compared = [], []
     for name in sorted(names):
-        values = [sorted({str(run[name]) for run in method if name in run}) for method in settings]
+        digits = 8 if name.endswith("_sha256") else None
+        values = [sorted({str(run[name])[:digits] for run in method if name in run}) for method in settings]
         values = [of_method for of_method in values if of_method]
         mixed = name != "seed" and any(len(of_method) > 1 for of_method in values)  # within what should be one method
         if mixed or any(of_method != values[0] for of_method in values):
@@ -139,6 +153,7 @@ def compare(groups: list[str], chosen: list[str], c) -> dict:
 
     A group is a method: one run, or its seeds (`runs_of`), whose mean counts. One table is of multiple choice and its mean;
     each task with free answers has its own, of accuracies (`accuracies`) or of losses (`compare_losses`)."""
+    check_evaluated([run for group in groups for run in runs_of(group)], c)
     methods = [[load_results(run, c) for run in runs_of(group)] for group in groups]
     tasks = common_tasks(groups, methods, chosen)
     runs = [run for method in methods for run in method]
@@ -166,7 +181,8 @@ def compare(groups: list[str], chosen: list[str], c) -> dict:
             text = comparison_table(found, {task: results[task]["n"] for task in together})
             rows |= found if task in choice else {task: found[task]}
         print(f"\n{text}")
-    return {"runs": groups, "warnings": wrong, "compared": compared, "rows": rows}
+    names = [",".join(str(Path(run)) for run in runs_of(group)) for group in groups]
+    return {"runs": names, "warnings": wrong, "compared": compared, "rows": rows}
 
 
 def accuracies(methods: list[list[Results]], tasks: list[str]) -> dict[str, list[dict]]:

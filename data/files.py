@@ -18,6 +18,15 @@ class UserError(Exception):
     """One clear line: what is wrong, what was expected, what to do. Programs print it and exit with status 2."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that Ctrl-C or SIGTERM has stopped, with all that it did saved; a sweep around it stops too. Programs exit
+    with 128 + the signal's number."""
+
+    def __init__(self, text: str, signal: int):
+        super().__init__(text)
+        self.signal = signal
+
+
 def is_number(value, least: float, most: float) -> bool:
     """Whether `value`, which may come from a file and be anything, is a number from `least` to `most`; nan is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most

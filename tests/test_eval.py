@@ -422,7 +422,7 @@ def test_results_of_another_adapter_are_never_mixed_in(run, llama, capsys):
     save_adapter(adapted(llama, seed=5), run / "best")
     summary = program("--run", run, "--tasks", "boolq")
     assert list(summary["tasks"]) == ["boolq"] and {p["task"] for p in read_predictions(out)} == {"boolq"}
-    assert (out / "predictions.jsonl-1").read_bytes() == before and (out / "results.json-1").exists()
+    assert (out / "predictions-1.jsonl").read_bytes() == before and (out / "results-1.json").exists()
     assert "adapter_sha256 differ" in capsys.readouterr().out
     (out / "predictions.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match="line 1: not a prediction"):
@@ -499,10 +499,9 @@ def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_pat
     (["--init", "x", "--gates"], "--gates needs --run"),
     (["--init", "x", "--gates", "--prompt", "y"], "--gates and --prompt: expected one of them"),
     (["--init", "x", "--chat"], "--chat needs --prompt TEXT"),
-    (["--init", "x", "--max-new-tokens", "9"], "--max-new-tokens needs --prompt TEXT"),
     (["--init", "x", "--prompt", "y", "--max-new-tokens", "-1"], "--max-new-tokens -1: expected 0 (32) or more"),
     (["--init", "x", "--out", __file__], "a file is there"),
-    (["--compare", "nowhere", "x"], "nowhere: no results called best-cloze there; first"),
+    (["--compare", "nowhere", "x"], "nowhere, x: no results called best-cloze there; first"),
 ])
 def test_bad_input_is_one_clear_line(argv, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -611,6 +610,31 @@ def test_a_shifted_copy_is_found_better_and_a_copy_the_same(tmp_path):
     assert (first["accuracy"], better["difference"], same["difference"]) == (40, 20, 0)
     assert 10 < better["interval"][0] < 20 < better["interval"][1] < 30 and better["p"] == pytest.approx(2 / 2**20)
     assert same["interval"] == [0, 0] and same["p"] == 1
+
+
+def test_the_same_runs_compared_again_are_renewed_in_place(tmp_path, monkeypatch):
+    """Named one by one or by their directory; other runs are another comparison, and the earlier one stays."""
+    monkeypatch.chdir(tmp_path)
+    for seed, run in enumerate(("a/1", "a/2", "b")):
+        write_results(Path(run), {"piqa": [True, False]}, {"seed": seed})
+        Path(run, "config.json").write_text("{}")
+    for groups in (("a/1,a/2", "b"), ("a", "b/"), ("./a", "b")):
+        assert program("--compare", *groups)["runs"] == ["a/1,a/2", "b"]
+        assert [path.name for path in Path("out/compare").iterdir()] == ["compare.json"]
+    program("--compare", "b", "a")
+    assert {path.name for path in Path("out/compare").iterdir()} == {"compare.json", "compare-1.json"}
+
+
+def test_only_a_difference_that_matters_is_warned_of_and_in_few_digits(tmp_path):
+    def warnings(*settings):
+        runs = [write_results(tmp_path / f"{len(list(tmp_path.iterdir()))}", {"piqa": [True]}, s) for s in settings]
+        return program("--compare", *runs, "--out", tmp_path / "table")["warnings"]
+
+    digests = {"data_sha256": "d" * 64, "train_sha256": "t" * 64}
+    assert warnings(digests, digests | {"data_sha256": "e" * 64}) == []  # other validation records
+    assert warnings(digests, digests | {"train_sha256": "u" * 64}) == ["train_sha256: tttttttt / uuuuuuuu"]
+    old = {"data_sha256": "d" * 64}  # before there was train_sha256
+    assert warnings(old, digests) == [] and warnings(old, {"data_sha256": "e" * 64}) == ["data_sha256: dddddddd / eeeeeeee"]
 
 
 def test_a_compared_mean_counts_each_task_once(tmp_path):

@@ -213,6 +213,17 @@ def test_an_empty_cache_names_the_ways_out(cache):
     assert not cache.exists()
 
 
+def test_a_mistyped_short_name_gets_the_list_of_them(cache):
+    for name, close in (("smolm2", "did you mean smollm2-135m? "), ("llama3 8b", "did you mean llama-3-8b? "), ("xyz", "")):
+        with pytest.raises(UserError) as caught:
+            find_model(name)
+        assert str(caught.value).endswith(f"; {close}The short names are {', '.join(HUB_IDS)}")
+    for name in ("gpt2", "some/gpt2"):
+        with pytest.raises(UserError) as caught:
+            find_model(name)
+        assert "short names" not in str(caught.value)
+
+
 # ---------------------------------------------------------------------------------- a hub on this machine
 
 class Hub(http.server.BaseHTTPRequestHandler):

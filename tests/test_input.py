@@ -6,9 +6,12 @@ A row of CASES is a program, its arguments, the words that its one line must hol
 """
 import ast
 import contextlib
+import dataclasses
 import gzip
+import inspect
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,6 +29,7 @@ import tiktoken
 import torch
 from safetensors.torch import load_file, save_file
 
+import bench
 import eval as evaluation
 import fuzz
 import train
@@ -37,7 +41,7 @@ from data.files import UserError, first_line, reading
 from data.pictures import paint
 from data.sources import TABLE, hellaswag_from_query, parse_instruction
 from data.tokenizer import SPLIT
-from gatera import AdapterConfig, export_peft, inject_adapters, load_adapter, save_adapter
+from gatera import GATES, AdapterConfig, export_peft, inject_adapters, load_adapter, save_adapter
 from model import Transformer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +95,29 @@ def refused(main, capsys) -> str:
     return err.removeprefix("error: ")
 
 
+# ------------------------------------------------------------------------------------------------------ --help
+
+@pytest.mark.parametrize("program", [train, evaluation, prepare, download, bench], ids=lambda program: program.__name__)
+def test_help_is_whole_and_fits_a_terminal(program, capsys, monkeypatch):
+    """Every setting below its title, with its default and its choices, in any terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="^0$"):
+        program.main(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) < 80 and "Traceback" not in text
+    settings, choices = getattr(program, "Config", None) or program.Settings, getattr(program, "CHOICES", {})
+    for title in re.findall(r"^    # (.*)", inspect.getsource(settings), re.MULTILINE):
+        assert f"\n\n{title}:\n  --" in text
+    entries = {entry.split()[0].strip(","): " ".join(entry.split()) for entry in text.split("\n  --")[1:]}
+    for field in dataclasses.fields(settings):
+        entry = entries[field.name.replace("_", "-")]
+        default = {"False": "no"}.get(str(field.default), str(field.default))
+        assert field.default in ("", None) or f"[{default}]" in entry
+        assert "|".join(choices.get(field.name, ())) in entry
+    if "gate" in choices:
+        assert set(choices["gate"]) == set(GATES)  # a fork's too
+
+
 # ------------------------------------------------------------------------------------------------- the table
 
 def write(file, content):
@@ -134,6 +161,8 @@ CASES = [
     ("train", "--bath 8 --r x --lr -1",
      "unknown argument --bath (did you mean --batch?); --r x: expected a whole number; --lr -1.0: expected"),
     ("train", "--protocol cloze", "unknown argument --protocol; see --help"),
+    ("train", "--rank 8 --learning-rate 1", "--rank (did you mean --r?); unknown argument --learning-rate (did you mean --lr?)"),
+    ("eval", "--rank 8", "unknown argument --rank; see --help"),
     ("train", "piqa", "unknown argument piqa"),
     ("train", "--lr", "--lr: expected one argument; see --help"),
     ("train", "--lr --r 4", "--lr: expected one argument; see --help"),
@@ -193,7 +222,7 @@ CASES = [
     ("train", "--tasks piqa,arc", "--tasks arc: expected all or some of piqa, hellaswag"),
     ("train", "--tasks piqa,piqa", "a task is named twice"),
     ("train", "--peft ia3", "--peft ia3: expected one of lora, dora, hira, gatera"),
-    ("train", "--peft lora --gate soft", "gate 'soft': expected one of none, token, static"),
+    ("train", "--peft lora --gate soft", "--gate soft: expected one of none, token, static"),
     ("train", "--preset slowstart", "--preset slowstart: expected one of quickstart"),
     ("train", "--device tpu", "--device tpu: expected auto, cpu, mps, cuda or cuda:N"),
     ("train", "--device cuda:99", "--device cuda:99: no such CUDA GPU here"),

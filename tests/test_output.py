@@ -32,6 +32,13 @@ GATES = ("gates.json", "gates.html", "gates-layers.png", "gates-histogram.png", 
 COMPARISON = ("compare.json", "losses.png")
 
 
+def aside(name):
+    """What a file that is moved aside is called: an a.png is still a picture."""
+    return f"{Path(name).stem}-1{Path(name).suffix}"
+
+
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
     """A tiny base, the records, a gated run and an ungated one, as train.py leaves them, and their evaluations."""
@@ -92,7 +99,7 @@ def test_files_that_are_no_evaluation_are_moved_aside(there, place, capsys):
     for name, text in there.items():
         (OUT / name).write_text(text)
     assert score()["tasks"] == expected
-    kept = {name: (OUT / f"{name}-1").read_text() for name in there}
+    kept = {name: (OUT / aside(name)).read_text() for name in there}
     assert kept == there and len(contents(OUT)) == 2 + len(there)
     assert f"{OUT} held files that are no evaluation, now in {OUT}/" in capsys.readouterr().out
     assert score()["tasks"] == expected and len(contents(OUT)) == 2 + len(there)  # its own is no file of others
@@ -101,7 +108,7 @@ def test_files_that_are_no_evaluation_are_moved_aside(there, place, capsys):
 def test_results_without_their_predictions_are_moved_aside(place):
     expected = score()["tasks"]
     (OUT / "predictions.jsonl").unlink()
-    assert score()["tasks"] == expected and set(contents(OUT)) == {*EVALUATION, "results.json-1"}
+    assert score()["tasks"] == expected and set(contents(OUT)) == {*EVALUATION, "results-1.json"}
 
 
 def test_predictions_of_older_rules_are_not_continued(place, monkeypatch, capsys):
@@ -109,13 +116,13 @@ def test_predictions_of_older_rules_are_not_continued(place, monkeypatch, capsys
     before = contents(OUT)
     monkeypatch.setattr(evaluation, "RULES", 3)
     score("--tasks", "piqa")
-    assert {name: (OUT / f"{name}-1").read_bytes() for name in EVALUATION} == before
+    assert {name: (OUT / aside(name)).read_bytes() for name in EVALUATION} == before
     assert "another evaluation (rules differ)" in capsys.readouterr().out
     facts = json.loads((OUT / "results.json").read_text())
     del facts["configuration"]["rules"]  # as it was before there were numbers
     (OUT / "results.json").write_text(json.dumps(facts))
     score("--tasks", "piqa")
-    assert (OUT / "results.json-2").exists() and (OUT / "predictions.jsonl-2").exists()
+    assert (OUT / "results-2.json").exists() and (OUT / "predictions-2.jsonl").exists()
 
 
 MODES = {"gates": (GATES, ["--run", "run", "--gates", "--limit", "1"]),
@@ -131,9 +138,9 @@ def test_pictures_of_others_are_moved_aside_and_ours_replaced(mode, scored, caps
     Path("out/diary.txt").write_text("mine")
     evaluation.main([*argv, "--out", "out"])
     for name in names:
-        assert Path("out", f"{name}-1").read_text() == f"my {name}" != Path("out", name).read_bytes()
-    assert f"out held files of something else, now in out/{names[0]}-1 and out/" in capsys.readouterr().out
-    everything = {*names, *(f"{name}-1" for name in names), "diary.txt"}
+        assert Path("out", aside(name)).read_text() == f"my {name}" != Path("out", name).read_bytes()
+    assert f"out held files of something else, now in out/{aside(names[0])} and out/" in capsys.readouterr().out
+    everything = {*names, *(aside(name) for name in names), "diary.txt"}
     assert set(contents(Path("out"))) == everything
     evaluation.main([*argv, "--out", "out"])  # the same thing again
     assert set(contents(Path("out"))) == everything and "held" not in capsys.readouterr().out
@@ -145,8 +152,8 @@ def test_a_picture_that_stands_alone_is_of_others(mode, scored):
     Path("out").mkdir()
     Path("out", names[-1]).write_text("mine")
     evaluation.main([*argv, "--out", "out"])
-    assert Path("out", f"{names[-1]}-1").read_text() == "mine"
-    assert set(contents(Path("out"))) == {*names, f"{names[-1]}-1"}
+    assert Path("out", aside(names[-1])).read_text() == "mine"
+    assert set(contents(Path("out"))) == {*names, aside(names[-1])}
 
 
 def test_gates_of_another_run_are_moved_aside(place):
@@ -154,9 +161,9 @@ def test_gates_of_another_run_are_moved_aside(place):
         if run == "again":
             shutil.copytree("run", run)
         evaluation.main(["--run", run, "--gates", "--limit", "1", "--out", "out"])
-    assert json.loads(Path("out/gates.json-1").read_text())["title"].startswith("run: ")
+    assert json.loads(Path("out/gates-1.json").read_text())["title"].startswith("run: ")
     assert json.loads(Path("out/gates.json").read_text())["title"].startswith("again: ")
-    assert set(contents(Path("out"))) == {*GATES, *(f"{name}-1" for name in GATES)}
+    assert set(contents(Path("out"))) == {*GATES, *(aside(name) for name in GATES)}
 
 
 def test_a_picture_that_we_did_not_draw_is_of_others(place):
@@ -166,7 +173,7 @@ def test_a_picture_that_we_did_not_draw_is_of_others(place):
     Path("out/training.png").write_text("mine")
     Path("metrics").rename("run/metrics.jsonl")
     evaluation.main(argv)
-    assert Path("out/training.png-1").read_text() == "mine" and set(contents(Path("out"))) == {*GATES, "training.png-1"}
+    assert Path("out/training-1.png").read_text() == "mine" and set(contents(Path("out"))) == {*GATES, "training-1.png"}
 
 
 def test_half_files_of_a_killed_process_go_and_those_of_others_stay(scored):
@@ -258,7 +265,7 @@ def test_killed_while_it_moves_another_evaluation_aside_pairs_stay_together(plac
         score()
         found = contents(OUT)
         assert {name: found[name] for name in EVALUATION} == new
-        assert {name: found[f"{name}-1"] for name in EVALUATION} == old and len(found) == 4
+        assert {name: found[aside(name)] for name in EVALUATION} == old and len(found) == 4
         shutil.rmtree(OUT)
         OUT.mkdir()
         for name, content in old.items():
@@ -268,16 +275,16 @@ def test_killed_while_it_moves_another_evaluation_aside_pairs_stay_together(plac
 @pytest.mark.parametrize("name", EVALUATION)
 def test_moved_aside_after_a_kill_a_pair_gets_one_number(name, tmp_path):
     """Also beside lone files of others that were moved aside before."""
-    (tmp_path / f"{name}-1").write_text("of others")
+    (tmp_path / aside(name)).write_text("of others")
     for file in EVALUATION:
         (tmp_path / file).write_text("a pair")
-    (tmp_path / "results.json").rename(tmp_path / "results.json-2")  # killed here
+    (tmp_path / "results.json").rename(tmp_path / "results-2.json")  # killed here
     output.set_aside(tmp_path, EVALUATION, "a half")
-    assert (tmp_path / "predictions.jsonl-2").read_text() == "a pair"
+    assert (tmp_path / "predictions-2.jsonl").read_text() == "a pair"
     output.set_aside(tmp_path, EVALUATION, "nothing")
     (tmp_path / "predictions.jsonl").write_text("alone")
     output.set_aside(tmp_path, EVALUATION, "a file")
-    assert (tmp_path / "predictions.jsonl-3").read_text() == "alone"
+    assert (tmp_path / "predictions-3.jsonl").read_text() == "alone"
 
 
 def test_cut_at_any_byte_it_ends_the_same(place, monkeypatch):
@@ -369,13 +376,15 @@ def test_another_base_is_refused_or_named(place, capsys):
 
 
 def test_the_advice_repeats_what_was_asked_for(place):
-    message = refused("--compare", "run", "plain", "--protocol", "generate", "--beams", "2", "--limit", "3", "--split",
+    message = refused("--compare", "run", "run", "--protocol", "generate", "--beams", "2", "--limit", "3", "--split",
                       "val", "--adapter", "last", "--skip-closed", "0.5")
     command = message.partition("first: python eval.py ")[2]
     assert set(re.findall(r"--\S+ \S+", command)) == {
         "--run run", "--protocol generate", "--beams 2", "--limit 3", "--split val", "--adapter last", "--skip-closed 0.5"}
-    assert refused("--compare", "run", "plain").endswith("first: python eval.py --run run")
-    assert refused("--compare", "my run", "plain").endswith("first: python eval.py --run 'my run'")
+    assert refused("--compare", "my run", "my run").endswith("first: python eval.py --run 'my run'")
+    message = refused("--compare", "my run", "plain", "--limit", "2")  # all that are missing, and one command for them
+    assert message.startswith("my run, plain: no results called best-cloze-2 there") and message.endswith(
+        """first: for run in 'my run' plain; do python eval.py --run "$run" --limit 2; done""")
 
 
 # ---------------------------------------------------------------------------------------------------- faults
@@ -563,8 +572,8 @@ def test_damaged_results_are_one_line(file, changes, scored):
             assert "\n" not in str(error) and str(OUT) in str(error) and contents(OUT) == now
             refusals += 1
         else:
-            aside = {name: (OUT / f"{name}-1").read_bytes() for name in before}
-            assert aside == now, number
+            moved = {name: (OUT / aside(name)).read_bytes() for name in before}
+            assert moved == now, number
             shutil.rmtree(OUT)
             OUT.mkdir()
     assert refusals >= len(changes) * 2 // 3

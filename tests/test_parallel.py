@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import bench
 import train
+from data.cli import run_command
 from data.files import UserError
 from gatera import AdapterConfig, gate_entropy, inject_adapters
 from model import Transformer, TransformerConfig
@@ -41,7 +42,7 @@ def member(rank, size, port, argv, at):
         train.Team.shard = checked
     rate = train.learning_rate
     train.learning_rate = lambda step, *rest: (at.get((rank, step), int)(), rate(step, *rest))[1]
-    train.main(argv)
+    run_command(lambda: train.main(argv))
 
 
 def stop():
@@ -104,7 +105,7 @@ def die():
 def test_a_process_that_dies_ends_the_others(fault, status, llama, tmp_path, capfd):
     started = time.time()
     argv = ["--init", str(llama), *FLAGS, "--epochs", "1000", "--save-every", "1", "--out", str(tmp_path / "run")]
-    assert run(3, argv, {(1, 4): partial(fault, *[0] * (fault is os._exit))}) == [1, status, 1]
+    assert run(3, argv, {(1, 4): partial(fault, *[0] * (fault is os._exit))}) == [2, status, 2]
     assert time.time() - started < 30
     assert (tmp_path / "run" / "state.safetensors").exists()
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from conftest import write_llama
-from data.files import UserError, json_lines, read_tensors, write_tensors
+from data.cli import run_command
+from data.files import Stopped, UserError, json_lines, read_tensors, write_tensors
 from data.prepare import hold_out, load_records
 from gatera import GATES, METHODS, load_adapter
 from model import Transformer
@@ -64,10 +65,10 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(method, gate, llama, tm
     handlers = list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
     train.main(flags(llama, tmp_path / "whole", *method))
     assert list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))) == handlers
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         signal_at(patch, signal.SIGTERM, 4)  # a step whose progress line is written, and that is no save's
         train.main(flags(llama, tmp_path / "cut", *method))
-    assert stopped.value.code == 143
+    assert stopped.value.signal == signal.SIGTERM
     assert f"python train.py --resume {tmp_path / 'cut'}" in capsys.readouterr().out
     assert timeless(tmp_path / "cut") != timeless(tmp_path / "whole")
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
@@ -83,7 +84,7 @@ def test_what_a_run_has_counted_goes_on(llama, tmp_path, monkeypatch, capsys):
     """The lowest validation loss, which this rate leaves behind; prompts that were cut; and the time."""
     argv = ["--lr", "1", "--warmup", "9", "--eval-every", "1", "--save-every", "100", "--max-len", "64"]
     train.main(flags(llama, tmp_path / "whole", *argv))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         signal_at(patch, signal.SIGTERM, 8)
         now, rate = time.monotonic, train.learning_rate
         patch.setattr(train, "learning_rate", lambda at, *rest: (
@@ -215,7 +216,7 @@ def wait_for(condition, seconds=30):
 def test_control_c_saves_and_a_second_one_stops_at_once(llama, tmp_path):
     out = tmp_path / "run"
     started = lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 1  # noqa: E731
-    process = PROCESSES.Process(target=train.main, args=(flags(llama, out, "--max-steps", "100000", "--save-every", "100000"),))
+    process = PROCESSES.Process(target=program, args=(flags(llama, out, "--max-steps", "100000", "--save-every", "100000"),))
     process.start()
     wait_for(started)
     assert not (out / "state.safetensors").exists()
@@ -234,7 +235,12 @@ def test_control_c_saves_and_a_second_one_stops_at_once(llama, tmp_path):
         time.sleep(0.1)
         os.kill(process.pid, signal.SIGINT)
     process.join(30)
-    assert process.exitcode == -signal.SIGINT and len(metrics(out)) <= lines
+    assert process.exitcode == 130 and len(metrics(out)) <= lines
+
+
+def program(argv):
+    """train.py as it is started on the command line."""
+    run_command(lambda: train.main(argv))
 
 
 def stuck(argv):
@@ -243,13 +249,13 @@ def stuck(argv):
         open(argv[1] + "/stuck", "w").close()
         time.sleep(60)
     train.learning_rate = sleep
-    train.main(argv)
+    program(argv)
 
 
 @pytest.fixture
 def stopped(llama, tmp_path, monkeypatch):
     """A run of ten steps that was stopped after six."""
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         signal_at(patch, signal.SIGTERM, 5)
         train.main(flags(llama, tmp_path / "run"))
     return tmp_path / "run"
@@ -660,7 +666,7 @@ def test_steps_that_overflow_float16_are_left_out(llama, tmp_path, monkeypatch):
     train.main(flags(llama, tmp_path / "whole", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
     norms = [line["grad_norm"] for line in metrics(tmp_path / "whole") if "loss" in line]
     assert norms[0] is None and None not in norms[-3:]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         signal_at(patch, signal.SIGTERM, 7)
         train.main(flags(llama, tmp_path / "cut", "--dtype", "float16", "--log-every", "1", "--max-steps", "30"))
     train.main(["--resume", str(tmp_path / "cut")])  # with the scale as it was

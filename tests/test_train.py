@@ -257,7 +257,7 @@ def test_the_schedule_warms_up_and_decays_to_zero():
 def test_the_defaults_are_the_papers_recipe():
     c = train.parse(["--init", "gpt2-medium", "--peft", "gatera"])
     assert (c.r, c.lr, c.weight_decay, c.warmup, c.batch, c.epochs, c.max_len, c.validation, c.form, c.tasks, c.gate) == (
-        32, 1e-3, 0, 100, 32, 3, 512, 120, "label", "all", "token")
+        32, 1e-3, 0, -1, 32, 3, 512, 120, "label", "all", "token")  # -1: 100, as the run has 15,000 steps
     assert train.adapter_config(c).targets == ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     assert train.adapter_config(c).alpha is None
     assert train.adapter_config(train.parse(["--peft", "lora", "--alpha", "3"])).alpha == 3
@@ -282,7 +282,7 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--lr", "nan"], ["--lr nan"]),
     (["--peft", "ia3"], ["--peft ia3: expected one of lora, dora, hira, gatera"]),
     (["--peft", "gatera", "--gate", "none"], ["use --peft hira"]),
-    (["--gate", "soft"], ["gate 'soft': expected one of none, token, static"]),
+    (["--gate", "soft"], ["--gate soft: expected one of none, token, static"]),
     (["--tasks", "arc"], ["--tasks arc: expected all or some of boolq"]),
     (["--form", "poem", "--dtype", "int8"], ["--form poem", "--dtype int8"]),
     (["--device", "tpu"], ["--device tpu: expected auto, cpu"]),
@@ -290,7 +290,8 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--dropout", "1"], ["dropout 1.0"]),
     (["--gate-bias", "nan", "--entropy-weight", "inf"], ["--gate-bias nan", "--entropy-weight inf"]),
     (["--tasks", "piqa,piqa"], ["named twice"]),
-    (["--max-steps", "3"], ["--warmup 100: expected less than --max-steps 3"]),
+    (["--max-steps", "3", "--warmup", "3"], ["--warmup 3: expected less than --max-steps 3; lower it or leave it out"]),
+    (["--warmup", "-2"], ["--warmup -2: expected a number from -1"]),
     (["--peft", "lora", "--skip-closed", "0.1"], ["--skip-closed 0.1: lora"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--max-steps", "9" * 15, "--batch", "9" * 20], ["--max-steps 999999999999999: expected a number from 0 to 1e12",
