@@ -290,8 +290,9 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
     title = f"{c.run}: {adapter.method} with a {adapter.gate} gate on {model.name_or_path}"
     training = read_training({Path(c.run).name: c.run})
     files = ["gates.json", "gates.html", *GATE_PICTURES, *(["training.png"] if training else [])]
-    about = {"title": title, "form": form, "split": c.split, "limit": c.limit, "gates": numbers}
-    with renewed(out, files, about, same=("title", "form", "split", "limit")):
+    about = {"title": title, "form": form, "split": c.split, "limit": c.limit, "max_len": max_len,
+             "skip_closed": adapter.skip_closed, "data": digests(records)}
+    with renewed(out, files, about | {"gates": numbers}, same=tuple(about)):
         write_gate_page([trace for of_task in by_task for trace in of_task[:each]], names, title, out / "gates.html")
         draw_gates(traces, names, title, out)
         draw_training(training, out / "training.png")
@@ -305,6 +306,10 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
         print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")
     print(f"wrote {out}/{', '.join(files)}")
     return {"gates": numbers}
+
+
+def digests(records: dict[str, list[dict]]) -> dict[str, str]:
+    return {task: hashlib.sha256(json_lines(of_task).encode()).hexdigest() for task, of_task in records.items()}
 
 
 # ------------------------------------------------------------------------------------ seeing it decode
@@ -407,7 +412,8 @@ def parse(argv: list[str]) -> Settings:
         (len(modes) < 2, f"--{' and --'.join(modes)}: expected one of them"),
         (c.run or c.init or c.compare, "nothing to evaluate: pass --run DIRECTORY or --init MODEL"),
     ]
-    rules += [(c.prompt or not c.chat, "--chat needs --prompt TEXT")]
+    rules += [(c.prompt or not c.chat, "--chat needs --prompt TEXT"),
+              (not c.gates or not c.max_new_tokens, "--max-new-tokens with --gates: expected one of them")]
     rules += [(c.run or not c.init or name not in given, f"{flag(name)} needs --run DIRECTORY")
               for name in ("gates", "export", "skip_closed")]
     wrong += [message for fine, message in rules if not fine]
@@ -478,8 +484,7 @@ def run_model(c: Settings) -> dict:
     if needed and data == DEFAULT:
         prepare(needed, ("test" if c.split == "test" else "train",), out=data)
     records = {task: load_records(task, c.split, data, template)[:limit] for task in needed}
-    has_choices = not all(is_free(of_task[0]) for of_task in records.values())
-    if protocol == "generate" and settings.get("form") == "cloze" and has_choices:
+    if protocol == "generate" and settings.get("form") == "cloze" and not all(is_free(part[0]) for part in records.values()):
         print(f"WARNING: {c.run} was trained in cloze form and has never seen the instruction that --protocol generate gives: "
               "few answers will name a label; --protocol cloze scores what it has learnt")
 
@@ -520,9 +525,10 @@ def run_model(c: Settings) -> dict:
         "dtype": str(dtype), "torch": torch.__version__}
     summary = {
         "configuration": configuration, "adapter": str(adapter) if adapter else None,
-        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256", "train_sha256", "dtype") if name in facts} or None,
+        "settings": settings | {name: facts[name] for name in ("steps", "data_sha256", "train_sha256", "dtype")
+                                if name in facts} or None,
         "python": platform.python_version(), "device": str(device), "data_directory": str(data),
-        "data": {task: hashlib.sha256(json_lines(lines).encode()).hexdigest() for task, lines in records.items()},
+        "data": digests(records), "template": template,
         "tasks": {}}
     evaluate_tasks(model, tokenizer, records, summary, out)
     print(table(summary["tasks"], protocol))

@@ -40,14 +40,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from data.cli import device_problems, flag, peak_memory, pick_device, read_flags, run_command
-from data.commonsense import FORMS, Packed, Question, pack, training_question
+from data.commonsense import FORMS, Packed, Question, is_free, pack, training_question
 from data.compare import UNIMPORTANT
 from data.download import find_model
 from data.files import Stopped, UserError, fingerprint, reading, unwritable
 from data.loggers import LOGGERS, logger_problems
 from data.own import read_template
 from data.prepare import (DEFAULT, check_records, count_repeated, has_test, hold_out, line_numbers, load_records, prepare,
-                          task_names, task_problems)
+                          task_names, task_problems, without_twins)
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
 from data.runs import Progress, Run, Signals, clock, introduce, run_name
@@ -137,7 +137,7 @@ def parse(argv: list[str]) -> Config:
         given["template"] = read_template(given["template"])
     changed = {name for name in given if name in MAY_CHANGE}
     recorded = read_settings(Path(given["resume"]), Config, changed) if "resume" in given else {}
-    wrong += [f"{flag(name)} {given[name]}: the run to resume has {value}" for name, value in recorded.items()
+    wrong += [f"{flag(name)} {given[name]!s:.60}: the run to resume has {value or 'none'!s:.60}" for name, value in recorded.items()
               if name not in MAY_CHANGE and given.get(name, value) != value]
     if recorded and "out" in given:
         wrong.append(f"--out {given['out']}: a run is resumed where it is")
@@ -202,9 +202,12 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
         kept, held = hold_out(load_records(task, "train", data, c.template))
         training += kept[:c.limit or None]
         held_out += held
+    if c.template and not any(map(is_free, training)):
+        raise UserError("--template: it is for instruction data, of which there are none; expected none, or another --data")
     test = {task: load_records(task, "test", data, c.template)[:c.test] for task in tasks} if c.test else {}
+    training = without_twins(training, held_out)  # of another task
     if not training:
-        raise UserError(f"{len(held_out)} training records leave none beside those held out for validation")
+        raise UserError("the training records are all held out for validation, or repeat one that is; expected more")
     if len(held_out) < c.validation:
         raise UserError(f"--validation {c.validation}: only {len(held_out)} records are held out of these tasks' "
                         "training sets (a tenth, at most 200 a task); expected no more")
@@ -520,7 +523,8 @@ def main(argv: list[str] | None = None) -> dict:
     """A run, as on the command line: argv holds flags and their values, which may be numbers and paths. Returns
 
         {"out": its directory, "steps": int, "best_validation_loss": nats or None, "seconds": float,
-         "tasks": {task: {"acc" and "acc_norm": {"before" and "after": percent}}} of --test's questions}.
+         "tasks": {task: {"acc" and "acc_norm", or of free answers "loss" and "perplexity": {"before", "after"}}} of
+         --test's questions}.
 
     UserError for what a user can mend; Stopped, a KeyboardInterrupt, when Ctrl-C or SIGTERM ends it, with all saved."""
     c = parse(sys.argv[1:] if argv is None else argv)

@@ -13,6 +13,7 @@ import numpy as np
 from data.files import UserError, is_number
 
 MARK = "####"  # GSM8K's, before the final number of an answer
+NUMBERED = re.compile(MARK + r"\s*[-\u2212]?\\?\$?[0-9.,]+\s*\Z")  # a reference that ends so asks for a number; a heading does not
 NUMBER = re.compile(r"((?<![\w)])[-\u2212]\\?\$?)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -34,8 +35,8 @@ def as_decimal(number: re.Match) -> Decimal:
 
 
 def is_right(prediction: dict) -> bool:
-    """Whether a written answer counts: by its final number where the reference has GSM8K's mark, else by all its words."""
-    if MARK in prediction["reference"]:
+    """Whether a written answer counts: by its final number where the reference ends in GSM8K's, else by all its words."""
+    if NUMBERED.search(prediction["reference"]):
         return final_number(prediction["text"]) == final_number(prediction["reference"])
     return is_exact(prediction)
 
@@ -60,7 +61,7 @@ def summarise_answers(predictions: list[dict], interval) -> dict:
     hits = sum(map(is_right, predictions))
     return {"n": n, "acc": 100 * hits / n, "exact": 100 * sum(map(is_exact, predictions)) / n,
             "interval": interval(hits, n), "full": sum(p["full"] for p in predictions), "cut": cut,
-            "unparsed": sum(MARK in p["reference"] and final_number(p["text"]) is None for p in predictions)}
+            "unparsed": sum(bool(NUMBERED.search(p["reference"])) and final_number(p["text"]) is None for p in predictions)}
 
 
 def as_arrays(predictions: list[dict]) -> tuple[np.ndarray, np.ndarray]:

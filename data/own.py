@@ -37,21 +37,22 @@ def to_record(task: str, raw: object, template: str = "") -> dict:
     if task in TABLE or isinstance(raw, dict) and "choices" in raw:
         if problem := record_problem(task, raw):
             raise UserError(problem)
-        return raw if "task" in raw else {"task": task} | raw
+        # Of like order and without other fields, such as an id, so that twins are equal.
+        return {"task": task} | {name: raw[name] for name in ("question", "choices", "label", "passage") if name in raw}
     if not isinstance(raw, dict):
         raise UserError("expected an object with named fields")
     fields = next((fields for fields in INSTRUCTIONS if fields[0] in raw and fields[2] in raw), None)
     if fields:
         instruction, given, answer = (raw.get(name) for name in fields)
         given = text_of("" if given is None else given, fields[1], may_be_empty=True)
-        prompt, answer = fill(template, text_of(instruction, fields[0]), given), text_of(answer, fields[2])
+        prompt, answer = fill_prompt(template, text_of(instruction, fields[0]), given), text_of(answer, fields[2])
     elif "prompt" in raw and "completion" in raw:  # as they stand: nothing is added, no space between them either
         prompt, answer = text_of(raw["prompt"], "prompt"), text_of(raw["completion"], "completion")
     elif "messages" in raw:
         instruction, answer = one_exchange(raw["messages"])
-        prompt = fill(template, instruction)
+        prompt = fill_prompt(template, instruction)
     else:
-        raise UserError(f"no known fields, but {', '.join(raw)[:200] or 'none at all'}")
+        raise UserError(f"{', '.join(raw)[:200] or 'no field'}: no record has these fields alone")
     return {"task": task, "prompt": prompt, "answer": answer}
 
 
@@ -107,7 +108,7 @@ def one_exchange(messages: object) -> tuple[str, str]:
     roles = [message.get("role") if isinstance(message, dict) else None for message in
              (messages if isinstance(messages, list) else [])]
     if roles[-2:] != ["user", "assistant"] or roles[:-2] not in ([], ["system"]):
-        found = f"{len(roles)} with the roles {', '.join(f'{role!s:.20}' for role in roles[:4])}" if roles else "none"
+        found = f"{len(roles)} with the roles {', '.join(f'{role!s:.20}' for role in roles[:8])}" if roles else "none"
         raise UserError(f"messages: {found}, expected one exchange: user, then assistant; before them system, or nothing")
     texts = [text_of(message.get("content"), f"messages[{i}].content", may_be_empty=role == "system")
              for i, (role, message) in enumerate(zip(roles, messages))]
@@ -116,7 +117,7 @@ def one_exchange(messages: object) -> tuple[str, str]:
 
 # ----------------------------------------------------------------------------------------------- the prompt
 
-def fill(template: str, instruction: str, given: str = "") -> str:
+def fill_prompt(template: str, instruction: str, given: str = "") -> str:
     """The prompt of an instruction with the input `given`, in a template of one's own or else the papers' words."""
     given = given if given.strip() else ""
     template = template or (WITH_INPUT if given else PROMPT)

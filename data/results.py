@@ -220,13 +220,14 @@ def find_data(c, settings: dict) -> Path:
     data = Path(c.data or settings.get("data") or DEFAULT)
     if c.data or data == DEFAULT:
         return data
-    chosen = set(task_names(c.tasks or "all", data))
-    if (data.exists() or is_one_file(data)) and chosen <= set(KNOWN) - set(data_sets(data)):
+    chosen = set() if c.tasks in ("", "all") else set(task_names(c.tasks, data))
+    if chosen and (data.exists() or is_one_file(data)) and chosen <= set(KNOWN) - set(data_sets(data)):
         print(f"{c.tasks}: not in {data}, which {c.run} was trained on, but in {DEFAULT}")
         return DEFAULT
     if not data.exists():
-        raise UserError(f"{data}: no such {'file' if is_one_file(data) else 'directory'}, from which {c.run} had its records (seen from where train.py was "
-                        "started); pass --data")
+        kind = "file" if is_one_file(data) else "directory"
+        raise UserError(f"{data}: no such {kind}, from which {c.run} had its records (seen from where train.py was started); "
+                        "pass --data")
     return data
 
 

@@ -499,6 +499,7 @@ def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_pat
     (["--init", "x", "--gates"], "--gates needs --run"),
     (["--init", "x", "--gates", "--prompt", "y"], "--gates and --prompt: expected one of them"),
     (["--init", "x", "--chat"], "--chat needs --prompt TEXT"),
+    (["--run", "x", "--gates", "--max-new-tokens", "3"], "--max-new-tokens with --gates: expected one of them"),
     (["--init", "x", "--prompt", "y", "--max-new-tokens", "-1"], "--max-new-tokens -1: expected 0 .32, or 256. or more"),
     (["--init", "x", "--out", __file__], "a file is there"),
     (["--compare", "nowhere", "x"], "nowhere, x: no results called best-cloze there; first"),
@@ -898,7 +899,7 @@ def test_the_source_of_the_data_is_told_once(llama, tmp_path, monkeypatch, capsy
 # ------------------------------------------------------------------------------------------------- splits
 
 def test_the_val_slice_is_the_same_for_everybody_and_has_no_twin_in_training():
-    records = [{"task": "piqa", "question": str(i % 3000)} for i in range(5000)]  # 2,000 of them twice
+    records = [{"task": "piqa", "question": str(i % 3000), "choices": []} for i in range(5000)]  # 2,000 of them twice
     training, val = hold_out(records)
     assert len(val) == 200 and hold_out(records) == (training, val)
     assert not {r["question"] for r in training} & {r["question"] for r in val}

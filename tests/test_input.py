@@ -34,7 +34,7 @@ import eval as evaluation
 import fuzz
 import train
 from conftest import VOCAB, write_gguf, write_gpt2, write_llama
-from data import cli, download, prepare
+from data import cli, download, own, prepare
 from data.cli import device_problems, join_negative_numbers, run_command
 from data.commonsense import DEFAULT_INSTRUCTION, INSTRUCTION, with_capital, without_tags
 from data.files import UserError, first_line, reading
@@ -276,7 +276,7 @@ CASES = [
     ("eval", "", "data/piqa/test.jsonl, line 1: not valid JSON", write("data/piqa/test.jsonl", b"PK\x03\x04")),
     ("eval", "--tasks hellaswag", "a hellaswag choice without text", write("data/hellaswag/test.jsonl", json.dumps(
         {"task": "hellaswag", "question": "Rest: sit.", "choices": ["a", "[step]", "c", "d"], "label": 0}))),
-    ("prepare", "--source nowhere", "--source nowhere: expected auto, hub, index, or a directory"),
+    ("prepare", "--source nowhere", "--source nowhere: not found; expected auto, hub, index, or a directory"),
     ("prepare", "--tasks piqa", "no piqa/train.json or .json.gz in it"),
     ("prepare", "--tasks piqa", "papers/piqa/train.json.gz: broken or truncated",
      several(lambda: Path("papers/piqa").mkdir(), write("papers/piqa/train.json.gz", gzip.compress(b"[]" * 99)[:-9]))),
@@ -361,7 +361,7 @@ def test_bad_input_is_one_line_and_writes_nothing(case, place, capsys, monkeypat
      "unknown argument --lrr (did you mean --lr?); --tasks arc: expected all or some of"),
     ("train.py", COMMON["train"] + " --data nowhere", "--data nowhere: no such file or directory"),
     ("eval.py", "--limt 3", "unknown argument --limt (did you mean --limit?); nothing to evaluate"),
-    ("data/prepare.py", "--source nowhere", "--source nowhere: expected auto, hub, index, or a directory"),
+    ("data/prepare.py", "--source nowhere", "--source nowhere: not found; expected auto, hub, index, or a directory"),
 ])
 def test_the_programs_end_with_the_line_and_status_2(program, flags, words, place):
     before = snapshot(place)
@@ -545,7 +545,7 @@ OURS = {  # whatever looks for a pattern in a text
     "tags": without_tags, "capital": with_capital, "answer": lambda text: evaluation.parse_answer("piqa", text),
     "error": lambda text: first_line(ValueError(text)), "screen": lambda text: paint(text, 0.5, True),
     "flag": lambda text: join_negative_numbers(["--lr", f"-{text}"]), "device": device_problems,
-    "half": lambda text: prepare.record_problem("piqa", {"task": "piqa", **RECORD_OF, "question": text}),
+    "half": lambda text: own.record_problem("piqa", {"task": "piqa", **RECORD_OF, "question": text}),
     "wheel": lambda text: hellaswag_from_query({"query": f"a: b. {text} x", "choices": [], "gold": 0}, 0),
     **{f"papers-{task}": lambda text, task=task: not_parsed(task, text) for task in TABLE},
     **{f"split-{name}": lambda text, name=name: list(regex.finditer(SPLIT[name], text)) for name in SPLIT},

@@ -17,7 +17,7 @@ from data import answers, prepare, results, sources
 from data.answers import final_number, is_right
 from data.commonsense import PROMPT, check_question, instruction, label_names, prompt_question, training_question
 from data.files import UserError
-from data.own import ACCEPTED, INSTRUCTIONS, fill, read_template, to_record
+from data.own import ACCEPTED, INSTRUCTIONS, fill_prompt, read_template, to_record
 from gatera import AdapterConfig, adapter_state, inject_adapters
 from model import Transformer, load_tokenizer
 
@@ -109,7 +109,7 @@ def test_a_template_from_a_file_is_taken_as_it_is(tmp_path):
         with pytest.raises(UserError, match=r"expected a text with \{instruction\} in it"):
             read_template(value)
     with pytest.raises(UserError, match="input has a text, for which --template has no place"):
-        fill("Q: {instruction}", "Add.", "2, 3")
+        fill_prompt("Q: {instruction}", "Add.", "2, 3")
 
 
 DEEP = [[]]
@@ -118,8 +118,8 @@ for _ in range(400):
 USER, REPLY = {"role": "user", "content": "Add."}, {"role": "assistant", "content": "5"}
 BAD = [
     (None, "expected an object"), (7, "expected an object"), ([], "expected an object"), ("text", "expected an object"),
-    ({}, "no known fields, but none at all"), ({"text": "hello"}, "no known fields, but text"),
-    ({"instruction": "Add."}, "no known fields, but instruction"),
+    ({}, "no field: no record has these fields alone"), ({"text": "hello"}, "text: no record has these fields alone"),
+    ({"instruction": "Add."}, "instruction: no record has these fields alone"),
     ({"instruction": None, "output": "5"}, "instruction is missing or null"),
     ({"instruction": "Add.", "output": ""}, "output is an empty text"),
     ({"instruction": "Add.", "output": " \n"}, "output is an empty text"),
@@ -203,7 +203,7 @@ def test_a_json_file_may_hold_a_list_or_lines(tmp_path):
     lines = write_lines(tmp_path / "instructions.json", json.loads(ALPACA.read_text()))
     assert prepare.load_records("instructions", "train", lines) == expected
     for content, message in ((b"[]", "empty"), (b"", "empty"), (b"[1", "not valid JSON"), (b"\xff", "not UTF-8"),
-                             (b"[1]", "record 1: expected an object"), (b'{"a": 1}', "record 1: no known fields")):
+                             (b"[1]", "record 1: expected an object"), (b'{"a": 1}', "record 1: a: no record has")):
         lines.write_bytes(content)
         with pytest.raises(UserError, match=f"{lines}.*{message}"):
             prepare.load_records("instructions", "train", lines)
@@ -243,7 +243,7 @@ def test_choices_of_ones_own_are_worded_as_the_papers_do_and_read_back(mixed):
 
 def test_an_answer_too_long_is_named_by_file_and_line(llama, tmp_path):
     tokenizer = load_tokenizer(llama)
-    file = write_lines(tmp_path / "mine.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * 40}])
+    file = write_lines(tmp_path / "mine.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "b", "completion": "b " * 40}])
     with pytest.raises(UserError, match="mine.jsonl, line 2: an answer of .* does not fit into 64"):
         train.main([*TINY, str(llama), "--data", str(file), "--max-len", "64", "--out", str(tmp_path / "out")])
     record = {"task": "mine", "prompt": "a" * 100, "answer": "b" * 64}  # scored as trained: with the end of text
@@ -252,6 +252,23 @@ def test_an_answer_too_long_is_named_by_file_and_line(llama, tmp_path):
         with pytest.raises(UserError, match="65 tokens does not fit into 64"):
             check_question(record, "label", tokenizer, 64, trained)
     assert len(prompt_question(record, "label", tokenizer, 64).prompt) == 64  # where it is written, its length is not known
+
+
+def test_what_is_held_out_is_nowhere_trained_on(tmp_path):
+    """Not with another id beside it, with another answer, or in another file."""
+    marked = write_lines(tmp_path / "a.jsonl", [
+        {"id": i, "question": f"q{i % 5}", "choices": ["a", "b"], "label": 0} for i in range(40)])
+    kept, held = prepare.hold_out(prepare.load_records("a", "train", marked))
+    assert len(held) == 4 and kept and not {record["question"] for record in kept} & {record["question"] for record in held}
+    sampled = write_lines(tmp_path / "b.jsonl", [{"prompt": f"p{i % 30}", "completion": f"c{i}"} for i in range(300)])
+    kept, held = prepare.hold_out(prepare.load_records("b", "train", sampled))
+    assert kept and not {record["prompt"] for record in kept} & {record["prompt"] for record in held}
+    twins = [{"query": f"q{i}", "response": "r"} for i in range(50)]
+    for name in ("a", "b"):
+        random.Random(name).shuffle(twins)
+        write_lines(tmp_path / "twins" / name / "train.jsonl", twins)
+    training, validation, _ = train.load_data(train.Config(data=str(tmp_path / "twins"), validation=10))
+    assert training and not {record["prompt"] for record in training} & {record["prompt"] for record in validation}
 
 
 # -------------------------------------------------------------------------------------------------- GSM8K
@@ -285,6 +302,9 @@ def test_a_number_counts_where_the_reference_has_the_mark():
     summary = results.summarise(rows, "generate")
     assert (summary["acc"], summary["exact"], summary["unparsed"], summary["full"]) == (50, 25, 1, 1)
     assert summary["interval"] == results.wilson(2, 4) and results.is_prediction(rows[0], "generate")
+    for heading in ("#### Summary\nAll is well.", "#### Steps\n1. a\n2. b"):
+        assert is_right({"text": heading, "reference": heading})
+        assert not is_right({"text": "banana 2", "reference": heading})
 
 
 def test_gsm8k_comes_from_the_hub_or_from_openais_files(monkeypatch, tmp_path, capsys):
@@ -308,7 +328,7 @@ def test_gsm8k_comes_from_the_hub_or_from_openais_files(monkeypatch, tmp_path, c
     assert record == {"task": "gsm8k", "prompt": PROMPT.format(instruction="3 and 3?"),
                       "answer": "3 + 3 = <<3+3=6>>6\n#### 6"}
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
-    with pytest.raises(UserError, match="gsm8k is not on the package index; expected the hub, or --source"):
+    with pytest.raises(UserError, match="gsm8k is not on the package index; it comes from the hub, or by data/prepare.py --source"):
         prepare.main(["--tasks", "gsm8k", "--out", str(tmp_path / "none")])
     with pytest.raises(UserError, match="train.jsonl: not found; expected a directory with gsm8k's train.jsonl"):
         prepare.main(["--tasks", "gsm8k", "--source", str(tmp_path), "--out", str(tmp_path / "none")])
@@ -463,7 +483,7 @@ def test_one_file_is_trained_on_and_its_held_out_part_is_scored(llama, tmp_path,
     assert evaluation.main(["--run", "a run", "--prompt", "Hi"])
     for program, flags in ((evaluation.main, ["--run", "a run", "--split", "test"]),
                            (train.main, [*TINY, str(llama), "--data", str(ALPACA), "--test", "1", "--out", "b"])):
-        with pytest.raises(UserError, match="instructions has no test set; --split val of eval.py scores"):
+        with pytest.raises(UserError, match="instructions has no test set there; --split val of eval.py scores"):
             program(flags)
 
 
@@ -472,7 +492,7 @@ def test_a_directory_without_a_test_set_is_trained_on(mixed, llama, tmp_path, ca
     (mixed / "alpaca" / "test.jsonl").unlink()
     train.main([*TINY, str(llama), "--data", "mixed", "--tasks", "alpaca,piqa", "--out", "o"])
     assert evaluation.main(last_command(capsys))["tasks"].keys() == {"alpaca", "piqa"}
-    with pytest.raises(UserError, match="mixed/alpaca/test.jsonl: not found: alpaca has no test set; --split val of eval.py"):
+    with pytest.raises(UserError, match="mixed: alpaca has no test set there; --split val of eval.py"):
         evaluation.main(["--run", "o"])
     assert evaluation.main(["--run", "o", "--tasks", "piqa"])["configuration"]["split"] == "test"
 
@@ -492,6 +512,20 @@ def test_a_run_on_metamath_is_scored_on_gsm8k(mixed, llama, tmp_path, capsys, mo
     assert "gsm8k: not in MetaMathQA.json, which o was trained on, but in" in capsys.readouterr().out
     with pytest.raises(UserError, match="--tasks quiz: expected all or some of MetaMathQA"):
         evaluation.main(["--run", "o", "--tasks", "quiz"])
+
+
+def test_an_emptied_directory_is_not_taken_for_another(mixed, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, str(llama), "--data", "mixed", "--tasks", "quiz", "--out", "o"])
+    for file in [*mixed.glob("*/*.jsonl")]:
+        file.unlink()
+    with pytest.raises(UserError, match="mixed"):
+        evaluation.main(["--run", "o", "--tasks", "all"])
+
+
+def test_a_template_that_nothing_uses_is_refused(mixed, llama):
+    with pytest.raises(UserError, match="--template: it is for instruction data, of which there are none"):
+        train.main([*TINY, str(llama), "--data", mixed, "--tasks", "quiz", "--template", "{instruction}"])
 
 
 def test_a_run_from_before_templates_goes_on(llama, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import download, prepare, sources  # noqa: E402
+from data import download, own, prepare, sources  # noqa: E402
 from data.download import UserError  # noqa: E402
 
 SAMPLE = ROOT / "data" / "sample"
@@ -104,7 +104,7 @@ def test_bad_line_is_named(tmp_path, line, word):
 def test_a_winogrande_question_has_one_blank(question, fine):
     record = {**GOOD, "task": "winogrande", "question": question}
     problem = None if fine else "a winogrande question needs one blank, '_'"
-    assert prepare.record_problem("winogrande", record) == problem
+    assert own.record_problem("winogrande", record) == problem
 
 
 def test_missing_and_empty_files(tmp_path):
@@ -134,14 +134,14 @@ def test_a_pipe_or_device_in_the_place_of_records_is_refused(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_a_record_is_found_again_by_file_and_line(split, tmp_path):
-    """Whichever split: "val" is a part of train.jsonl. A field of one's own may be nan, which equals nothing."""
+    """Whichever split: "val" is a part of train.jsonl. A field of one's own, such as nan, which equals nothing, is dropped."""
     (tmp_path / "piqa").mkdir()
     records = [record | {"mine": math.nan} for record in sample("piqa", "train")]
     name = "test" if split == "test" else "train"
     (tmp_path / "piqa" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     found = prepare.load_records("piqa", split, tmp_path)
     numbers = prepare.line_numbers(found, split, tmp_path)["piqa"]
-    assert [json.dumps(records[number - 1]) for number in numbers] == list(map(json.dumps, found))
+    assert [records[number - 1] for number in numbers] == [record | {"mine": records[0]["mine"]} for record in found]
     tokenizer = types.SimpleNamespace(bos=None, eos=0, encode=lambda text, continues=False: list(text.encode()))
     with pytest.raises(UserError, match=rf"piqa/{name}.jsonl, line {numbers[0]}: an answer of \d+ tokens does not fit into 16"):
         prepare.check_records(found, split, "label", tokenizer, 16, tmp_path)
