@@ -62,3 +62,7 @@ def ends(chosen: list[str], names: list[str]) -> list[str]:
         candidates = [".".join(words[i:]) for i in reversed(range(len(words)))]
         found.append(next((end for end in candidates if not any(ends_in(other, end) for other in others)), name))
     return list(dict.fromkeys(found))
+
+
+if __name__ == "__main__":
+    import data  # noqa: F401  (data.py, which says what to run instead)

@@ -499,7 +499,7 @@ def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_pat
     (["--init", "x", "--gates"], "--gates needs --run"),
     (["--init", "x", "--gates", "--prompt", "y"], "--gates and --prompt: expected one of them"),
     (["--init", "x", "--chat"], "--chat needs --prompt TEXT"),
-    (["--init", "x", "--prompt", "y", "--max-new-tokens", "-1"], "--max-new-tokens -1: expected 0 (32) or more"),
+    (["--init", "x", "--prompt", "y", "--max-new-tokens", "-1"], "--max-new-tokens -1: expected 0 .32, or 256. or more"),
     (["--init", "x", "--out", __file__], "a file is there"),
     (["--compare", "nowhere", "x"], "nowhere, x: no results called best-cloze there; first"),
 ])
