@@ -476,7 +476,7 @@ def run_model(c: Settings) -> dict:
     if needed and (problem := unwritable(out)):
         raise UserError(f"--out {problem}")
     if needed and data == DEFAULT:
-        prepare(needed, ("test" if c.split == "test" else "train",))
+        prepare(needed, ("test" if c.split == "test" else "train",), out=data)
     records = {task: load_records(task, c.split, data, template)[:limit] for task in needed}
     has_choices = not all(is_free(of_task[0]) for of_task in records.values())
     if protocol == "generate" and settings.get("form") == "cloze" and has_choices:

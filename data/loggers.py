@@ -1,24 +1,32 @@
 """--logger: a run's metrics to TensorBoard, Weights & Biases or Trackio too. None of them is needed, and what goes wrong
 in one is told once and ends no training."""
-import importlib
 import json
 import uuid
 from pathlib import Path
 
 from data.files import first_line
 
-# What is imported, and a name in it: a folder called wandb, which the package leaves, can be imported as well.
-LOGGERS = {"none": None, "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init"),
-           "trackio": ("trackio", "init")}
+LOGGERS = ("none", "tensorboard", "wandb", "trackio")
+
+
+def starter(name: str):
+    """What opens a log. ImportError where the package is missing; by a name in it, as a folder called wandb, which the
+    package leaves, can be imported as well."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter as start
+    elif name == "wandb":
+        from wandb import init as start
+    else:
+        from trackio import init as start
+    return start
 
 
 def logger_problems(name: str) -> list[str]:
     """What is wrong with --logger, one text or none: its package is missing."""
-    if LOGGERS.get(name):
-        module, member = LOGGERS[name]
+    if name in LOGGERS[1:]:
         try:
-            getattr(importlib.import_module(module), member)
-        except (ImportError, AttributeError):
+            starter(name)
+        except ImportError:
             return [f"--logger {name}: the package is not installed; pip install {name}"]
     return []
 
@@ -31,8 +39,7 @@ class Logger:
         self.attempt(self.open, directory, facts, step)
 
     def open(self, directory: Path, facts: dict, step: int) -> None:
-        module, member = LOGGERS[self.name]
-        start = getattr(importlib.import_module(module), member)
+        start = starter(self.name)
         if self.name == "tensorboard":
             writer = start(directory / "tensorboard", purge_step=step)  # those of steps that were lost are hidden
             writer.add_text("config", f"```\n{json.dumps(facts, indent=2)}\n```", step)

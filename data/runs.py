@@ -188,7 +188,7 @@ def run_name(settings: dict, given: dict) -> str:
         if name in always or name in given and name not in UNNAMED and (name != "init" or settings["preset"]):
             text = base if name == "init" else Path(value).stem if name == "data" else str(value)
             # Methods, tasks and the like speak for themselves. --compare parts runs at commas.
-            words.append(re.sub(r"[^\w.+-]", "+", text if isinstance(value, str) else name.replace("_", "") + text))
+            words.append(re.sub(r"[^\w.+-]", "+", text[:40] if isinstance(value, str) else name.replace("_", "") + text))
     return "-".join(words)
 
 

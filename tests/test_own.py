@@ -375,7 +375,7 @@ def test_the_interval_covers_as_it_says():
 
 def last_command(capsys):
     """The command that train.py's last line tells."""
-    return shlex.split(capsys.readouterr().out.split("score it on all questions with: ")[1])[2:]
+    return shlex.split(capsys.readouterr().out.split("score it on all questions with:\n")[1])[2:]
 
 
 def test_both_kinds_are_trained_scored_compared_and_resumed(mixed, llama, tmp_path, capsys, monkeypatch):
@@ -386,7 +386,7 @@ def test_both_kinds_are_trained_scored_compared_and_resumed(mixed, llama, tmp_pa
         "piqa": {"acc", "acc_norm"}, "quiz": {"acc", "acc_norm"}, "gsm8k": {"loss", "perplexity"},
         "alpaca": {"loss", "perplexity"}}
     text = capsys.readouterr().out
-    assert "of piqa, gsm8k, alpaca, quiz, label form and instruction data; loss" in text
+    assert "of piqa, gsm8k, alpaca, quiz\nlabel form and instruction data, loss" in text
     assert "gsm8k: perplexity of an answer token on 2 held-out test records" in text
     config = json.loads(Path("o/config.json").read_text())["config"]
     assert config["template"] == "Q: {instruction} {input}\nA: " and "q" not in config

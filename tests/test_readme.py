@@ -96,6 +96,7 @@ def copy_repository(to: Path) -> Path:
             shutil.copy(file, to / file.relative_to(ROOT))
     from conftest import write_llama  # here, as `python tests/test_readme.py` can do without
     write_llama(to / "tiny", d=64, heads=2, kv_heads=1, d_ff=64)  # sides of 32 and more: the rank may be 32
+    (to / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     sums = [{"question": f"{i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(12)]
     (to / "MetaMathQA.json").write_text(json.dumps([{"query": x["question"], "response": x["answer"]} for x in sums]))
     (to / "data" / "sample" / "gsm8k").mkdir()
@@ -212,7 +213,9 @@ def test_python_runs(text, place):
     for module in ("transformers", "accelerate", "lm_eval"):
         if module in text or module == "accelerate" and "Trainer" in text:
             pytest.importorskip(module, reason="README shows adapters in a model of transformers")
-    exec(compile(re.sub(r'"(smollm2-135m|meta-llama/[^"]*)"', '"tiny"', text), "README.md", "exec"), {})
+    text = re.sub(r'"(smollm2-135m|meta-llama/[^"]*)"', '"tiny"', text)
+    text = text.replace("--init smollm2-135m", DATA + "--validation 1 --warmup 1 --init tiny").replace("-steps 50", "-steps 2")
+    exec(compile(text, "README.md", "exec"), {})
 
 
 def test_records_are_records():

@@ -99,8 +99,8 @@ def test_a_second_control_c_is_what_it_is_elsewhere(monkeypatch):
     ("", "out/gpt2-medium-gatera-token-lr0.001-seed1337"),
     ("--init gpt2 --peft lora --lr 3e-4 --seed 2", "out/gpt2-lora-none-lr0.0003-seed2"),
     ("--init models/tiny.gguf --gate token --device cpu --test 5 --log-every 1", "out/tiny-gatera-token-lr0.001-seed1337"),
-    ("--init gpt2 --r 8 --tasks piqa,boolq --data my/records --entropy-weight 0 --limit 9",
-     "out/gpt2-gatera-token-r8-entropyweight0.0-piqa+boolq-records-limit9-lr0.001-seed1337"),
+    ("--init gpt2 --r 8 --tasks piqa,boolq --data data/sample --entropy-weight 0 --limit 9",
+     "out/gpt2-gatera-token-r8-entropyweight0.0-piqa+boolq-sample-limit9-lr0.001-seed1337"),
     ("--preset quickstart", "out/quickstart"),
     ("--preset quickstart --test 20 --device cpu --dtype float32 --save-every 5", "out/quickstart"),
     ("--preset quickstart --peft dora --seed 3", "out/quickstart-dora-seed3"),
@@ -112,7 +112,7 @@ def test_runs_of_a_sweep_have_a_directory_each(argv, out):
 
 
 def test_every_setting_that_changes_what_is_learnt_is_in_the_name():
-    values = {"init": "gpt2", "peft": "lora", "gate": "static", "tasks": "piqa", "form": "cloze", "data": "mine",
+    values = {"init": "gpt2", "peft": "lora", "gate": "static", "tasks": "piqa", "form": "cloze", "data": "mine", "template": "Q: {instruction}",
               "targets": "qkv", "r": 3, "alpha": 4, "dropout": 0.5, "entropy_weight": 2, "gate_bias": 7, "skip_closed": 0.1,
               "gate_lr": 0.2, "max_len": 99, "limit": 9, "lr": 0.9, "weight_decay": 0.8, "batch": 77, "epochs": 6,
               "max_steps": 55, "warmup": 11, "clip": 0.7, "seed": 42}
