@@ -17,9 +17,9 @@ SECONDS = 10  # that a template may take; published ones take none to speak of
 def chat_text(name_or_path: str, message: str) -> str:
     """A user's message in the chat template of a model, up to where the answer starts. UserError if it has none, or
     one that fails."""
-    file, template, tokens = read_template(find_model(name_or_path))
+    file, template, tokens = read_chat_template(find_model(name_or_path))
     values = {"template": template, "messages": [{"role": "user", "content": message}], "tokens": tokens}
-    program = [sys.executable, "-I", str(Path(__file__).with_name("render.py"))]
+    program = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
     try:
         done = subprocess.run(program, input=json.dumps(values).encode(), capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -38,7 +38,7 @@ def encode_chat(tokenizer: Tokenizer, text: str) -> list[int]:
                                                   else tokenizer.encode(part))]
 
 
-def read_template(path: Path) -> tuple[Path, str, dict[str, str]]:
+def read_chat_template(path: Path) -> tuple[Path, str, dict[str, str]]:
     """The chat template of a model's directory or .gguf file: the file that it stands in, the template, and the special
     tokens that it may name, such as {"eos_token": "</s>"}."""
     if path.suffix == ".gguf":
@@ -51,7 +51,8 @@ def read_template(path: Path) -> tuple[Path, str, dict[str, str]]:
         file, settings = path / "tokenizer_config.json", read_settings(path, "tokenizer_config.json")
         template = settings.get("chat_template")
         if isinstance(template, list):  # several with names
-            template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+            template = next((entry.get("template") for entry in template
+                             if isinstance(entry, dict) and entry.get("name") == "default"), None)
         if (path / "chat_template.jinja").exists():
             file = path / "chat_template.jinja"
             template = read_file(file).decode("utf-8", "replace")

@@ -8,7 +8,25 @@ import json
 import resource
 import sys
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+try:
+    from jinja2 import ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+except ImportError as error:
+    raise SystemExit(f"it needs jinja2, which torch brings ({error}); run `pip install jinja2`")
+
+
+class Generation(ext.Extension):
+    """{% generation %}...{% endgeneration %} marks what an assistant said, for training; here it is text like any."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """jinja2's own filter would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def render(template: str, messages: list[dict], tokens: dict[str, str]) -> str:
@@ -16,10 +34,10 @@ def render(template: str, messages: list[dict], tokens: dict[str, str]) -> str:
         raise ValueError(text)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
+                                                extensions=[Generation, ext.loopcontrols])
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = tojson
     return environment.from_string(template).render(messages=messages, tools=None, documents=None,
                                                     add_generation_prompt=True, **tokens)
 

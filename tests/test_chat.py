@@ -9,7 +9,7 @@ import tokenizers
 import eval as evaluation
 from conftest import hub_files
 from data import chat
-from data.chat import chat_text, encode_chat, read_template
+from data.chat import chat_text, encode_chat, read_chat_template
 from data.files import UserError
 from data.tokenizer import load_tokenizer
 
@@ -26,6 +26,29 @@ def test_published_templates_give_transformers_text(name, message):
     expected = other.apply_chat_template([{"role": "user", "content": message}], chat_template=settings["chat_template"],
                                          tokenize=False, add_generation_prompt=True)
     assert chat_text(str(hub_files(name)), message) == expected
+
+
+EVERY_EXTENSION = """{% set x = 1 %}{% for m in messages %}
+{% generation %}{% set x = 2 %} {{ m.content ~ x }}
+{%- endgeneration %}{{ x }}
+{% endfor %}
+{{ {"b": "é<", "a": [1]} | tojson(ensure_ascii=true, indent=1, separators=(";", "="), sort_keys=true) }}
+{{ {"b": "é<", "a": [1]} | tojson(true, 2) }}"""
+
+
+def test_what_transformers_adds_to_jinja_is_there(llama):
+    transformers = pytest.importorskip("transformers")
+    other = transformers.AutoTokenizer.from_pretrained(hub_files("granite-3b-code"))
+    expected = other.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=EVERY_EXTENSION,
+                                         tokenize=False, add_generation_prompt=True)
+    assert chat_text(with_template(llama, EVERY_EXTENSION), "Hi") == expected
+
+
+def test_jinja2_is_found_where_python_finds_it_or_named(llama, tmp_path, monkeypatch):
+    (tmp_path / "jinja2.py").write_text("")  # stands before the real one, and holds nothing
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs jinja2, .*pip install jinja2"):
+        chat_text(with_template(llama, "x"), "x")
 
 
 @pytest.mark.parametrize("name, text", [
@@ -55,6 +78,9 @@ def with_template(llama, template, **more):
 def test_where_a_template_stands(llama):
     with pytest.raises(UserError, match="has no chat template; drop --chat"):
         chat_text(str(llama), "x")
+    for damaged in (["x"], [{"name": ["default"], "template": "x"}], [None]):
+        with pytest.raises(UserError, match="has no chat template; drop --chat"):
+            chat_text(with_template(llama, damaged, bos_token=["x"], unk_token={"content": [1]}), "x")
     several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
     assert chat_text(with_template(llama, several), "x") == "x!"
     (llama / "chat_template.jinja").write_text("{{ eos_token }}{{ strftime_now('%%') }}{{ {'a': 'é'} | tojson }}\n")
@@ -87,4 +113,4 @@ def test_a_prompt_is_asked_as_a_message(llama, capsys):
     assert "<|endoftext|>U:why? A: >>>" in printed
     with pytest.raises(UserError, match="tokens in the base's chat template; expected up to 20"):
         evaluation.main([*argv, "--max-len", "20", "--prompt", "why? " * 30])
-    assert read_template(llama)[0].name == "tokenizer_config.json"
+    assert read_chat_template(llama)[0].name == "tokenizer_config.json"
