@@ -87,9 +87,7 @@ def load_records(task: str, split: str, out: str | Path = DEFAULT, template: str
     `out` may be a directory of your own with <task>/<split>.jsonl in it, or one file, named after the task, which is a
     training set. template: of the prompts of instruction data. UserError, with file and line, for a file that is missing
     (other than in the default directory) or empty, or a line that is no record."""
-    check_names([], [split], (*SPLITS, "val"))
-    if Path(out) == DEFAULT:
-        check_names([task], [split], (*SPLITS, "val"))
+    check_names([task] if Path(out) == DEFAULT else [], [split], (*SPLITS, "val"))
     if split == "val":
         return hold_out(load_records(task, "train", out, template))[1]
     file = file_of(task, split, out)
