@@ -10,7 +10,7 @@ from data.answers import compare_losses, losses_table, markdown
 from data.cli import flag
 from data.files import UserError, read_json
 from data.prepare import DEFAULT, usual_split
-from data.results import check_results, correct, is_choice, read_predictions, results_name
+from data.results import check_results, correct, find_data, is_choice, read_predictions, results_name
 from data.resume import read_facts
 
 
@@ -27,23 +27,28 @@ def find_results(run: str, c) -> Path:
     if (directory / "predictions.jsonl").exists():
         return directory
     settings = read_facts(directory / "config.json").get("config", {})
-    protocol, split = c.protocol or settings.get("form", "cloze"), c.split or usual_split(settings.get("data") or DEFAULT)
+    try:
+        data = find_data(replace(c, run=run), settings)
+    except UserError:  # The data are gone, but the results may be there.
+        data = settings.get("data") or DEFAULT
+    protocol, split = c.protocol or settings.get("form", "cloze"), c.split or usual_split(data)
     return directory / "eval" / results_name(c.adapter, protocol, replace(c, split=split))
 
 
-def check_evaluated(runs: list[str], c) -> None:
-    """UserError that names all runs without results, and how to get them."""
-    missing = [run for run in dict.fromkeys(runs) if not (find_results(run, c) / "predictions.jsonl").exists()]
+def check_evaluated(runs: list[str], c) -> dict[str, Path]:
+    """{run: the directory of its results}. UserError names all runs without results, and how to get them."""
+    found = {run: find_results(run, c) for run in dict.fromkeys(runs)}
+    missing = [run for run, directory in found.items() if not (directory / "predictions.jsonl").exists()]
     if not missing:
-        return
+        return found
     usual = {"adapter": "best", "protocol": "", "split": "", "beams": 4, "max_new_tokens": 0, "limit": 0,
-             "skip_closed": None, "data": ""}
+             "skip_closed": None, "data": "", "tasks": "", "template": "", "max_len": 0}
     given = {name: getattr(c, name) for name, value in usual.items() if getattr(c, name) != value}
-    flags = shlex.join(word for name, value in given.items() for word in (flag(name), str(value)))
+    flags = shlex.join(word for name, value in given.items() for word in (flag(name), str(value).replace("\n", "\\n")))
     there = sorted({path.parent.name for run in missing for path in Path(run).glob("eval/*/predictions.jsonl")})
     advice = f"there are {', '.join(there)}: choose with --protocol, --split, --limit, --beams, --adapter, or name one, as " \
              f"{missing[0]}/eval/NAME; or evaluate first" if there else "first"
-    name = " or ".join(sorted({find_results(run, c).name for run in missing}))
+    name = " or ".join(sorted({found[run].name for run in missing}))
     each = '"$run"' if len(missing) > 1 else shlex.quote(missing[0])
     command = f"python eval.py --run {each} {flags}".strip()
     loop = f"for run in {shlex.join(missing)}; do {command}; done"
@@ -59,8 +64,7 @@ class Results(NamedTuple):
     losses: dict[str, list[dict]]
 
 
-def load_results(run: str, c) -> Results:
-    directory = find_results(run, c)
+def load_results(directory: Path) -> Results:
     summary = read_json(directory / "results.json")
     check_results(summary, directory / "results.json")
     found, _ = read_predictions(directory, summary)
@@ -153,8 +157,8 @@ def compare(groups: list[str], chosen: list[str], c) -> dict:
 
     A group is a method: one run, or its seeds (`runs_of`), whose mean counts. One table is of multiple choice and its mean;
     each task with free answers has its own, of accuracies (`accuracies`) or of losses (`compare_losses`)."""
-    check_evaluated([run for group in groups for run in runs_of(group)], c)
-    methods = [[load_results(run, c) for run in runs_of(group)] for group in groups]
+    found = check_evaluated([run for group in groups for run in runs_of(group)], c)
+    methods = [[load_results(found[run]) for run in runs_of(group)] for group in groups]
     tasks = common_tasks(groups, methods, chosen)
     runs = [run for method in methods for run in method]
     left_out = {task for run in runs for task in run.summary["tasks"] if task in chosen or not chosen} - set(tasks)

@@ -12,7 +12,6 @@ random state: a step's random numbers follow from the seed and the step's number
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -28,6 +27,7 @@ from data.commonsense import is_free
 from data.files import (UserError, claim, is_out_of_memory, listed, misfits, move_aside, read_json, read_tensors,
                         write_json, write_tensors)
 from data.loggers import Logger
+from data.naming import short_name
 from data.prepare import DEFAULT, task_names
 from data.resume import halves, is_run, misplaced, parse_info, unusable
 
@@ -181,14 +181,11 @@ UNNAMED = ("preset", "out", "resume", "micro_batch", "validation", "eval_every",
 def run_name(settings: dict, given: dict) -> str:
     """The directory of a run in out/, so that those of a sweep have one each: the preset, or base, method, gate, rate and
     seed, and behind that every other setting that is given."""
-    base = Path(settings["init"]).name.removesuffix(".gguf")
     always = () if settings["preset"] else ("peft", "gate", "lr", "seed")
-    words = [settings["preset"] or base]
+    words = [settings["preset"] or short_name("init", settings["init"])]
     for name, value in settings.items():
         if name in always or name in given and name not in UNNAMED and (name != "init" or settings["preset"]):
-            text = base if name == "init" else Path(value).stem if name == "data" else str(value)
-            # Methods, tasks and the like speak for themselves. --compare parts runs at commas.
-            words.append(re.sub(r"[^\w.+-]", "+", text[:40] if isinstance(value, str) else name.replace("_", "") + text))
+            words.append(short_name(name, value))
     return "-".join(words)
 
 

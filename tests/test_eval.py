@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 import shutil
 from pathlib import Path
@@ -697,6 +698,27 @@ def test_several_results_of_a_run_are_named(run):
         program("--compare", run, run)
     result = program("--compare", run, run, "--protocol", "label", "--limit", 2, "--out", run / "table")
     assert result["rows"]["mean"][1]["difference"] == 0
+
+
+@pytest.mark.parametrize("data, flags, name", [
+    ("mine.jsonl", ["--tasks", "boolq"], "best-label"),  # not in that file, so in the prepared ones
+    ("mine.jsonl", [], "best-label-val"),
+    ("gone", ["--tasks", "boolq"], "best-label"),
+    ("mine.jsonl", ["--data", SAMPLE], "best-label"),
+    ("", ["--data", SAMPLE / "instructions.json"], "best-label-val")])
+def test_results_are_looked_for_where_they_were_written(data, flags, name, tmp_path):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        write_results(run / "eval" / name, {"boolq": [True, False]})
+        (run / "config.json").write_text(json.dumps({"config": {"data": data, "tasks": "all"}}))
+    argv = ["--compare", *runs, *flags, "--protocol", "label", "--out", tmp_path / "table"]
+    assert list(evaluation.main(argv)["rows"]) == ["boolq", "mean"]
+
+
+def test_the_advice_on_what_to_evaluate_has_all_flags(run):
+    flags = "--tasks boolq --template 'Q: {instruction}\\nA:' --max-len 99"
+    with pytest.raises(UserError, match=re.escape(flags)):
+        program("--compare", run, run, *shlex.split(flags))
 
 
 # ----------------------------------------------------------------------------------------------- the gates

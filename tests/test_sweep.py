@@ -98,17 +98,30 @@ def test_a_second_control_c_is_what_it_is_elsewhere(monkeypatch):
 @pytest.mark.parametrize("argv, out", [
     ("", "out/gpt2-medium-gatera-token-lr0.001-seed1337"),
     ("--init gpt2 --peft lora --lr 3e-4 --seed 2", "out/gpt2-lora-none-lr0.0003-seed2"),
-    ("--init models/tiny.gguf --gate token --device cpu --test 5 --log-every 1", "out/tiny-gatera-token-lr0.001-seed1337"),
+    ("--init models/tiny.gguf --gate token --device cpu --test 5 --log-every 1", "out/tiny-87c62c-gatera-token-lr0.001-seed1337"),
     ("--init gpt2 --r 8 --tasks piqa,boolq --data data/sample --entropy-weight 0 --limit 9",
-     "out/gpt2-gatera-token-r8-entropyweight0.0-piqa+boolq-sample-limit9-lr0.001-seed1337"),
+     "out/gpt2-gatera-token-r8-entropyweight0.0-piqa+boolq-sample-e92943-limit9-lr0.001-seed1337"),
     ("--preset quickstart", "out/quickstart"),
     ("--preset quickstart --test 20 --device cpu --dtype float32 --save-every 5", "out/quickstart"),
     ("--preset quickstart --peft dora --seed 3", "out/quickstart-dora-seed3"),
-    ("--preset quickstart --targets qkv,o_proj --init a/b", "out/quickstart-b-qkv+o_proj"),
+    ("--preset quickstart --targets qkv,o_proj --init a/b", "out/quickstart-b-c14cdd-qkv+o_proj"),
     ("--preset quickstart --peft lora --out out/mine", "out/mine"),
 ])
 def test_runs_of_a_sweep_have_a_directory_each(argv, out):
     assert train.parse(argv.split()).out == out and "," not in out  # at which --compare parts runs
+
+
+@pytest.mark.parametrize("name, values", [
+    ("init", ["a/m", "b/m", "m", "m.gguf", "."]),
+    ("data", ["d.v1", "d.v2", "x/train.json", "y/train.json", "train.json", "train.jsonl", "train"]),
+    ("tasks", [f"boolq,piqa,social_i_qa,hellaswag,winogrande,{last}" for last in ("ARC-Easy", "ARC-Easy,openbookqa")]),
+    ("template", ["Q: {instruction}", "Q, {instruction}", *("x" * 50 + "{instruction}" + end for end in "?!")]),
+])
+def test_settings_that_differ_differ_in_the_name(name, values):
+    for preset in ("", "quickstart"):
+        settings = dataclasses.asdict(train.Config(preset, gate="token"))
+        names = [run_name(settings | {name: value}, {name: value}) for value in values]
+        assert len(set(names)) == len(values) and not any(name.startswith("-") or "--" in name for name in names)
 
 
 def test_every_setting_that_changes_what_is_learnt_is_in_the_name():
