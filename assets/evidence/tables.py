@@ -90,20 +90,20 @@ def says_true() -> dict[str, int]:
 # ------------------------------------------------------------------------------------------- losses and gates
 
 
-def search() -> str:
-    """Held-out losses by learning rate at seed 1; and of the best rate, the mean over three seeds."""
+def search(name: str, then: str = "") -> str:
+    """Held-out losses by learning rate at seed 1; and of the best rate, the mean over the seeds of the experiment `then`."""
     losses, rates, seeds = {}, set(), {}
-    for name, run in read("search")["runs"].items():
-        method, rate = name.split("/")
+    for run, facts in read(name)["runs"].items():
+        method, rate = run.split("/")
         rates.add(rate)
-        losses.setdefault(method, {})[rate] = run["validation_loss"]
-    for name, run in read("cloze")["runs"].items():
-        seeds.setdefault(name.split("/")[0], []).append(run.get("validation_loss"))
+        losses.setdefault(method, {})[rate] = facts["validation_loss"]
+    for run, facts in read(then)["runs"].items() if then else ():
+        seeds.setdefault(run.split("/")[0], []).append(facts.get("validation_loss"))
     rates = sorted(rates, key=float)
-    rows = [["held-out loss", *rates, "three seeds"]]
+    rows = [["held-out loss", *rates, *["three seeds"] * bool(then)]]
     for method, by_rate in losses.items():
         cells = [f"{by_rate[rate]:.3f}" if rate in by_rate else "" for rate in rates]
-        rows.append([f"search/{method}", *cells, f"{np.mean(seeds[method]):.3f}"])
+        rows.append([f"{name}/{method}", *cells, *([f"{np.mean(seeds[method]):.3f}"] if then else [])])
     return markdown(rows)
 
 
@@ -127,7 +127,8 @@ def curves(experiment: dict, name: str) -> list[dict]:
     return [*lines, {"step": steps[-1], "validation_loss": run["validation_loss"]}]
 
 
-TABLES = {"cloze": lambda: accuracies("cloze"), "search": search, "label": lambda: accuracies("label"), "story": story}
+TABLES = {"cloze": lambda: accuracies("cloze"), "search": lambda: search("search", "cloze"),
+          "rates": lambda: search("rates"), "label": lambda: accuracies("label"), "story": story}
 DRAWN = "default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"
 
 
