@@ -30,7 +30,6 @@ the reference ends in GSM8K's "#### 72", those whose last number is its number.
 Writes results.json and predictions.jsonl (a line for each question), by default to <run>/eval/<adapter>-<protocol>/. An
 evaluation that was interrupted goes on where it was when started again.
 """
-import hashlib
 import math
 import os
 import platform
@@ -58,8 +57,8 @@ from data.output import export_problem, faults_told, renewed, written_whole
 from data.pictures import (GATE_PICTURES, colour_legend, draw_gates, draw_training, gate_numbers, paint, read_training,
                            write_gate_page)
 from data.prepare import DEFAULT, check_records, load_records, prepare, task_names, task_problems, usual_split
-from data.results import (check_base, continued, find_data, find_run, mean_result, results_name, save_results, summarise,
-                          table)
+from data.results import (check_base, continued, digests, find_data, find_run, mean_result, results_name, save_results,
+                          summarise, table)
 from data.tokenizer import TextStream, Tokenizer
 from data.weights import save_pretrained
 from gatera import (adapter_state, adapters_off, cached_products, export_peft, gate_values, gated_layers, load_adapter,
@@ -306,10 +305,6 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
         print(f"{numbers['cut']} questions were longer than {max_len} tokens and lost the start of their prompt")
     print(f"wrote {out}/{', '.join(files)}")
     return {"gates": numbers}
-
-
-def digests(records: dict[str, list[dict]]) -> dict[str, str]:
-    return {task: hashlib.sha256(json_lines(of_task).encode()).hexdigest() for task, of_task in records.items()}
 
 
 # ------------------------------------------------------------------------------------ seeing it decode

@@ -262,9 +262,9 @@ class Block(nn.Module):
 
 @contextmanager
 def recomputation(block: Block):
-    """While a checkpointed block runs for the second time, in the backward. What a layer keeps of its forward, as
-    GatedLinear its gate_logit, stays the first forward's, which the loss has seen: the second's graph would hold the
-    block's activations, and save no memory. Put back afterwards, so that torch.compile makes one graph for both."""
+    """While a checkpointed block runs for the second time, in the backward. What GatedLinear keeps of a forward has to
+    stay the first one's. It sees to that by itself, but not in a block that is compiled, whose one graph, for both, keeps
+    it each time (PyTorch 2.7; 2.13 ends the second run before that): then it is put back here."""
     kept = [(layer, layer.gate_logit) for layer in block.modules() if hasattr(layer, "gate_logit")]
     try:
         yield

@@ -50,7 +50,8 @@ from data.prepare import (DEFAULT, check_records, count_repeated, has_test, hold
                           task_names, task_problems, without_twins)
 from data.results import accuracy_key
 from data.resume import read_settings, unusable
-from data.runs import Progress, Run, Signals, clock, introduce, run_name
+from data.run_names import run_name
+from data.runs import Progress, Run, Signals, clock, introduce
 from data.team import Team
 from eval import evaluate, log_likelihoods
 from gatera import (GATES, METHODS, AdapterConfig, adapter_state, adapters_off, gate_entropy, gate_parameters, gate_values,
@@ -137,8 +138,8 @@ def parse(argv: list[str]) -> Config:
         given["template"] = read_template(given["template"])
     changed = {name for name in given if name in MAY_CHANGE}
     recorded = read_settings(Path(given["resume"]), Config, changed) if "resume" in given else {}
-    wrong += [f"{flag(name)} {given[name]!s:.60}: the run to resume has {value or 'none'!s:.60}" for name, value in recorded.items()
-              if name not in MAY_CHANGE and given.get(name, value) != value]
+    wrong += [f"{flag(name)} {given[name]!s:.60}: the run to resume has {value or 'none'!s:.60}"
+              for name, value in recorded.items() if name not in MAY_CHANGE and given.get(name, value) != value]
     if recorded and "out" in given:
         wrong.append(f"--out {given['out']}: a run is resumed where it is")
     c = Config(**(PRESETS.get(given.get("preset"), {}) | recorded | given))

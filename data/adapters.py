@@ -112,8 +112,6 @@ def untie_head(model: nn.Module) -> None:
 
 # ----------------------------------------------------------------------------------------------------- on disk
 
-
-
 def write_adapter(directory: Path, settings: dict, tensors: dict[str, torch.Tensor]) -> None:
     text = json.dumps(settings, indent=2) + "\n"
     write_tensors(directory / "adapter.safetensors", tensors, text)  # there too, where its checksum covers it

@@ -12,8 +12,9 @@ import numpy as np
 
 from data.files import UserError, is_number
 
-MARK = "####"  # GSM8K's, before the final number of an answer
-NUMBERED = re.compile(MARK + r"\s*[-\u2212]?\\?\$?[0-9.,]+\s*\Z")  # a reference that ends so asks for a number; a heading does not
+MARK = "####"  # GSM8K's (arXiv 2110.14168), before the final number of an answer
+# A reference that ends so asks for a number. A heading in Markdown does not.
+NUMBERED = re.compile(MARK + r"\s*[-\u2212]?\\?\$?[0-9.,]+\s*\Z")
 NUMBER = re.compile(r"((?<![\w)])[-\u2212]\\?\$?)?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -55,7 +56,7 @@ def summarise_answers(predictions: list[dict], interval) -> dict:
     n, cut = len(predictions), sum(p["cut"] for p in predictions)
     if "nats" in predictions[0]:
         nats, tokens = as_arrays(predictions)
-        loss, ends = nats.sum() / tokens.sum(), resampled_interval(nats, tokens)
+        loss, ends = nats.sum() / tokens.sum(), resampled_interval(nats, tokens)        # perplexity = exp(loss)
         return {"n": n, "tokens": int(tokens.sum()), "loss": float(loss), "interval": ends, "perplexity": perplexity(loss),
                 "perplexity_interval": [perplexity(end) for end in ends], "cut": cut}
     hits = sum(map(is_right, predictions))

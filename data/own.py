@@ -17,14 +17,15 @@ from data.sources import TABLE
 # The fields of an instruction, of its input, which may be missing, and of the answer: one line for each layout.
 INSTRUCTIONS = [
     ("instruction", "input", "output"),  # Alpaca's
-    ("query", None, "response"),         # MetaMathQA's
-    ("question", None, "answer"),        # GSM8K's
+    ("query", None, "response"),         # MetaMathQA's (arXiv 2309.12284)
+    ("question", None, "answer"),        # GSM8K's (arXiv 2110.14168)
 ]
 ACCEPTED = ", ".join("{" + ", ".join(filter(None, fields)) + "}" for fields in (
     ("question", "choices", "label"), *INSTRUCTIONS, ("prompt", "completion"))) + " or {messages}"
 LONGEST = 30_000  # characters of a multiple-choice record: six times the eight tasks' longest
 LONGEST_TEXT = 300_000  # of a text of instruction data; a longer one is a mistake in the file
-# Alpaca's prompt where there is an input. (Where there is none, it is PROMPT, but for the papers' two spaces.)
+# Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca) where there is an input. Where there is none, it is
+# PROMPT, but for the papers' two spaces.
 WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "
               "response that appropriately completes the request.\n\n"
               "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")

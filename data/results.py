@@ -16,7 +16,7 @@ import torch
 from data.answers import (answers_table, is_answer_prediction, is_answer_result, is_count, is_right, is_span,
                           summarise_answers)
 from data.commonsense import FORMS
-from data.files import UserError, is_number, parse_json, read_file, write_json
+from data.files import UserError, is_number, json_lines, parse_json, read_file, write_json
 from data.output import claimed, read_ours, set_aside
 from data.prepare import DEFAULT, KNOWN, data_sets, is_one_file, task_names
 from data.resume import read_facts
@@ -212,6 +212,11 @@ def find_run(c) -> tuple[Path, dict]:
     if not (c.init or facts.get("config", {}).get("init")):
         raise UserError(f"{run}: no config.json that names the base model; pass --init")
     return found[0], facts
+
+
+def digests(records: dict[str, list[dict]]) -> dict[str, str]:
+    """{task: the SHA-256 of its records}, by which questions are known to be the same."""
+    return {task: hashlib.sha256(json_lines(of_task).encode()).hexdigest() for task, of_task in records.items()}
 
 
 def find_data(c, settings: dict) -> Path:

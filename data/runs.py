@@ -27,7 +27,6 @@ from data.commonsense import is_free
 from data.files import (UserError, claim, is_out_of_memory, listed, misfits, move_aside, read_json, read_tensors,
                         write_json, write_tensors)
 from data.loggers import Logger
-from data.naming import short_name
 from data.prepare import DEFAULT, task_names
 from data.resume import halves, is_run, misplaced, parse_info, unusable
 
@@ -173,22 +172,6 @@ class Run:
                 f"{program} train.py --resume {shlex.quote(str(self.directory))}")
 
 
-# Flags that do not distinguish runs: they change nothing of what is learnt but by rounding, or which adapter is best/.
-UNNAMED = ("preset", "out", "resume", "micro_batch", "validation", "eval_every", "log_every", "save_every", "test", "device",
-           "dtype", "compile", "checkpointing", "fsdp", "logger")
-
-
-def run_name(settings: dict, given: dict) -> str:
-    """The directory of a run in out/, so that those of a sweep have one each: the preset, or base, method, gate, rate and
-    seed, and behind that every other setting that is given."""
-    always = () if settings["preset"] else ("peft", "gate", "lr", "seed")
-    words = [settings["preset"] or short_name("init", settings["init"])]
-    for name, value in settings.items():
-        if name in always or name in given and name not in UNNAMED and (name != "init" or settings["preset"]):
-            words.append(short_name(name, value))
-    return "-".join(words)
-
-
 def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
     """Says what the run of `facts` is about to do with its training records."""
     c, n_base, n_trainable = facts["config"], facts["base_parameters"], facts["trainable_parameters"]
@@ -208,7 +191,6 @@ def introduce(facts: dict, training: list[dict], n_validation: int) -> None:
 # The columns of a progress line and their widths: 80 characters, as wide as a terminal is.
 COLUMNS = {"step": 11, "loss": 7, "prompt": 6, "answer": 6, "entropy": 7, "lr": 8, "norm": 5, "tokens/s": 8, "GiB": 5,
            "left": 8}
-
 
 
 class Progress:

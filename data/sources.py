@@ -256,8 +256,8 @@ def from_llm_adapters(directory: Path, task: str, split: str) -> list[dict]:
 def from_openai(task: str, split: str, directory: str | Path) -> list[dict]:
     """From {train,test}.jsonl in a directory. The package index, which "index" stands for, has no GSM8K."""
     if directory == "index":
-        raise UserError(f"{task} is not on the package index; it comes from the hub, or by data/prepare.py --source grade_school_math/data, a "
-                        "directory of github.com/openai/grade-school-math")
+        raise UserError(f"{task} is not on the package index; it comes from the hub, or by data/prepare.py --source "
+                        "grade_school_math/data, a directory of github.com/openai/grade-school-math")
     file = Path(directory) / f"{split}.jsonl"
     expect_file(file, f"; expected a directory with {task}'s train.jsonl and test.jsonl, as OpenAI's repository has")
     rows = [parse_json(line, f"{file}, line {number}") for number, line in enumerate(file.read_bytes().splitlines(), 1)]

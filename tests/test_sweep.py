@@ -15,7 +15,8 @@ import torch
 import eval as evaluation
 import train
 from data.files import Stopped, UserError
-from data.runs import UNNAMED, Run, run_name
+from data.run_names import UNNAMED, run_name
+from data.runs import Run
 from model import Transformer
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
