@@ -212,6 +212,9 @@ def load_data(c: Config) -> tuple[list[dict], list[dict], dict[str, list[dict]]]
     if len(held_out) < c.validation:
         raise UserError(f"--validation {c.validation}: only {len(held_out)} records are held out of these tasks' "
                         "training sets (a tenth, at most 200 a task); expected no more")
+    if empty := [i for i, record in enumerate(training) if is_free(record) and not record["answer"].strip()]:
+        print(f"{len(empty):,} records have an empty answer, of which the end of text is learnt: "
+              f"{name_records(empty[:1], training, c)}, ...")
     if repeated := count_repeated(training):
         print(f"{repeated:,} records occur more than once in the training data")
     # The same records for every --seed, so that runs with different seeds are validated on the same.
@@ -253,7 +256,7 @@ def load_batches(records: list[dict], encode, c: Config, team: Team, first: int,
 
 
 def name_records(numbers: list[int], records: list[dict], c: Config) -> str:
-    """The records of a batch by task and line of its train.jsonl, to look at when a step went wrong."""
+    """Some of the training records, by task and line of its file, for somebody to look at them."""
     found = line_numbers([records[number] for number in numbers], "train", c.data or DEFAULT, c.template)
     return "; ".join(f"{task} {', '.join(map(str, lines))}" for task, lines in found.items())
 
@@ -456,7 +459,7 @@ def mean_gates(sums: list[float], batch: Batch) -> dict[str, float]:
     """Mean gate on the batch's prompt tokens and on its answer tokens that are read, all but the last of each answer."""
     n_answer = batch.n_answer - len(batch.numbers)
     counts = {"gate_prompt": batch.n_token - n_answer, "gate_answer": n_answer}
-    return {name: total / n for (name, n), total in zip(counts.items(), sums)}
+    return {name: total / n for (name, n), total in zip(counts.items(), sums) if n}  # empty answers have none
 
 
 def validate(step: int, model, questions: list[Question], autocast, progress: Progress, run: Run) -> bool:

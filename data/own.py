@@ -34,7 +34,8 @@ KINDS = {dict: "an object", list: "a list", str: "an empty text", type(None): "m
 
 
 def to_record(task: str, raw: object, template: str = "") -> dict:
-    """The record that an object from a file of `task` stands for. UserError, naming the field, if it stands for none."""
+    """The record that an object from a file of `task` stands for. UserError, naming the field, if it stands for none. An
+    answer may be empty, as some of LLM-Adapters' and Alpaca's are: then the end of text is all that is learnt of it."""
     if task in TABLE or isinstance(raw, dict) and "choices" in raw:
         if problem := record_problem(task, raw):
             raise UserError(problem)
@@ -46,9 +47,10 @@ def to_record(task: str, raw: object, template: str = "") -> dict:
     if fields:
         instruction, given, answer = (raw.get(name) for name in fields)
         given = text_of("" if given is None else given, fields[1], may_be_empty=True)
-        prompt, answer = fill_prompt(template, text_of(instruction, fields[0]), given), text_of(answer, fields[2])
+        prompt = fill_prompt(template, text_of(instruction, fields[0]), given)
+        answer = text_of(answer, fields[2], may_be_empty=True)
     elif "prompt" in raw and "completion" in raw:  # as they stand: nothing is added, no space between them either
-        prompt, answer = text_of(raw["prompt"], "prompt"), text_of(raw["completion"], "completion")
+        prompt, answer = text_of(raw["prompt"], "prompt"), text_of(raw["completion"], "completion", may_be_empty=True)
     elif "messages" in raw:
         instruction, answer = one_exchange(raw["messages"])
         prompt = fill_prompt(template, instruction)
@@ -111,7 +113,7 @@ def one_exchange(messages: object) -> tuple[str, str]:
     if roles[-2:] != ["user", "assistant"] or roles[:-2] not in ([], ["system"]):
         found = f"{len(roles)} with the roles {', '.join(f'{role!s:.20}' for role in roles[:8])}" if roles else "none"
         raise UserError(f"messages: {found}, expected one exchange: user, then assistant; before them system, or nothing")
-    texts = [text_of(message.get("content"), f"messages[{i}].content", may_be_empty=role == "system")
+    texts = [text_of(message.get("content"), f"messages[{i}].content", may_be_empty=role != "user")
              for i, (role, message) in enumerate(zip(roles, messages))]
     return "\n\n".join(text for text in texts[:-1] if text.strip()), texts[-1]
 

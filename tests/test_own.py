@@ -121,8 +121,8 @@ BAD = [
     ({}, "no field: no record has these fields alone"), ({"text": "hello"}, "text: no record has these fields alone"),
     ({"instruction": "Add."}, "instruction: no record has these fields alone"),
     ({"instruction": None, "output": "5"}, "instruction is missing or null"),
-    ({"instruction": "Add.", "output": ""}, "output is an empty text"),
-    ({"instruction": "Add.", "output": " \n"}, "output is an empty text"),
+    ({"instruction": "", "output": "5"}, "instruction is an empty text"),
+    ({"instruction": "Add.", "output": None}, "output is missing or null"),
     ({"instruction": "Add.", "output": 5}, "output is a number"),
     ({"instruction": "Add.", "output": math.nan}, "output is a number"),
     ({"instruction": "Add.", "output": True}, "output is true or false"),
@@ -133,7 +133,8 @@ BAD = [
     ({"instruction": "\ud800", "output": "5"}, r"instruction holds '\\ud800'"),
     ({"query": "", "response": "5"}, "query is an empty text"),
     ({"question": "Add.", "answer": ["5"]}, "answer is a list"),
-    ({"prompt": "Add.", "completion": ""}, "completion is an empty text"),
+    ({"prompt": " ", "completion": "5"}, "prompt is an empty text"),
+    ({"prompt": "Add.", "completion": None}, "completion is missing or null"),
     ({"prompt": [USER], "completion": [REPLY]}, "prompt is a list"),
     ({"messages": None}, "messages: none, expected one exchange"), ({"messages": []}, "messages: none"),
     ({"messages": "hello"}, "messages: none"), ({"messages": [USER]}, "messages: 1 with the roles user"),
@@ -186,7 +187,7 @@ def test_random_damage_is_one_line_or_a_record():
             assert len(str(error)) < 500
             continue
         made += 1
-        assert "choices" in record or all(isinstance(record[key], str) and record[key].strip() for key in ("prompt", "answer"))
+        assert "choices" in record or record["prompt"].strip() and isinstance(record["answer"], str)
     assert 200 < made < 2800
 
 
@@ -195,6 +196,21 @@ def test_a_file_holds_one_kind(tmp_path):
     file = write_lines(tmp_path / "mine.jsonl", records)
     with pytest.raises(UserError, match="mine.jsonl, line 2: with choices where those before have none, or the other way"):
         prepare.load_records("mine", "train", file)
+
+
+def test_an_empty_answer_trains_the_end_of_text_and_is_told(llama, tmp_path, monkeypatch, capsys):
+    """3 of the 3,260 records in LLM-Adapters' math_data.json have one, and 6 of the 1,319 in their GSM8K."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "mine.jsonl", [{"instruction": f"Add {i}.", "output": ""} for i in range(12)])
+    tokenizer = load_tokenizer(llama)
+    (record, *_) = prepare.load_records("mine", "train", "mine.jsonl")
+    assert training_question(record, "label", tokenizer, 99).answers == [[tokenizer.eos]]
+    train.main([*TINY, str(llama), "--data", "mine.jsonl", "--log-every", "1", "--out", "o"])
+    assert "10 records have an empty answer, of which the end of text is learnt: mine " in capsys.readouterr().out
+    found = evaluation.main(["--run", "o"])["tasks"]["mine"]
+    assert found["n"] == found["tokens"] == 2 and found["loss"] > 0
+    evaluation.main(["--run", "o", "--protocol", "generate", "--beams", "1", "--max-new-tokens", "4"])
+    evaluation.main(["--run", "o", "--gates"])
 
 
 def test_a_json_file_may_hold_a_list_or_lines(tmp_path):
