@@ -1,7 +1,13 @@
 """Tiny random models, written to disk in Hugging Face layout as transformers would, without needing transformers."""
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+
+# Tests run on the CPU, where numbers are those of other machines; pytest-xdist's workers do as the process that starts them.
+if not any("test_cuda" in word for word in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import gguf
 import pytest
