@@ -290,7 +290,7 @@ def show_gates(model, tokenizer, records: dict[str, list[dict]], form: str, max_
     training = read_training({Path(c.run).name: c.run})
     files = ["gates.json", "gates.html", *GATE_PICTURES, *(["training.png"] if training else [])]
     about = {"title": title, "form": form, "split": c.split, "limit": c.limit, "max_len": max_len,
-             "skip_closed": adapter.skip_closed, "data": digests(records)}
+             "data": digests(records)}
     with renewed(out, files, about | {"gates": numbers}, same=tuple(about)):
         write_gate_page([trace for of_task in by_task for trace in of_task[:each]], names, title, out / "gates.html")
         draw_gates(traces, names, title, out)
@@ -372,7 +372,6 @@ class Settings:
     beams: int = 4                  # of --protocol generate; 1 is greedy
     max_new_tokens: int = 0         # of a generated answer, or --prompt's; 0: 32, for a free answer 256
     max_len: int = 0                # longer questions lose the start of their prompt; 0: the run's, or 512
-    skip_closed: float = None       # HiRA, token gate: tokens with a gate up to this skip the update; default the run's
     device: str = "auto"            # auto, cpu, cuda, cuda:1, ..., mps (Apple)
     dtype: str = "auto"             # auto: the run's own; float32 for --export; of a base, what train.py's would be
     out: str = ""                   # where to write; default the run's eval/, out/eval/ for a base model
@@ -410,7 +409,7 @@ def parse(argv: list[str]) -> Settings:
     rules += [(c.prompt or not c.chat, "--chat needs --prompt TEXT"),
               (not c.gates or not c.max_new_tokens, "--max-new-tokens with --gates: expected one of them")]
     rules += [(c.run or not c.init or name not in given, f"{flag(name)} needs --run DIRECTORY")
-              for name in ("gates", "export", "skip_closed")]
+              for name in ("gates", "export")]
     wrong += [message for fine, message in rules if not fine]
     if problem := export_problem(Path(c.export[-1])) if c.export else unwritable(Path(c.out)) if c.out else None:
         wrong.append(f"--{'export' if c.export else 'out'} {problem}")
@@ -499,7 +498,7 @@ def run_model(c: Settings) -> dict:
     base_hash = fingerprint(model.named_parameters())
     check_base(c, facts, base, base_hash, dtype)
     if adapter is not None:
-        load_adapter(model, adapter, **({} if c.skip_closed is None else {"skip_closed": c.skip_closed}))
+        load_adapter(model, adapter)
 
     # What is to be done with it
     if c.export:

@@ -52,7 +52,6 @@ class AdapterConfig:
     dropout: float = 0.0           # on the input of Delta
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # ends of layers' names; the paper's
     gate_bias: float = 0.0         # b_g at the start. The paper does not say; sigmoid(0) = 1/2 is our default
-    skip_closed: float = 0.0       # HiRA, token gate: tokens with g up to this, nearly closed, skip Delta; 0: none do
 
     def __post_init__(self):
         check_adapter(vars(self), METHODS, GATES)
@@ -130,8 +129,6 @@ class GatedLinear(nn.Module):
 class TokenGate(nn.Module):
     """z = w_g . x + b_g: a gate for each token (GateRA, token gate)."""
 
-    per_token = True  # closed ones can be skipped
-
     def __init__(self, W0: torch.Tensor, config: AdapterConfig):
         super().__init__()
         self.w_g = parameter(W0, W0.shape[1])                                       # (in,)
@@ -160,7 +157,6 @@ GATES = {"none": None, "token": TokenGate, "static": StaticGate}
 # (out, in), b (out,) or None, and y = W0 x + b (N, out). Optional members, and what they make possible:
 #   merged        merging: the one weight for all tokens that does what base and update do with g = 1
 #   PEFT          peft's files: the fields of adapter_config.json that name the method, and its names of our parameters
-#   skip_closed   --skip-closed: Delta is not made for tokens with g up to this
 #   product       `cached_products`: the dense matrix of Delta, which is kept in the attribute `dense`
 
 class LowRank(nn.Module):
@@ -269,22 +265,10 @@ class HiRA(LowRank):
     """Delta(x) = (W0 ⊙ B A) x (ICLR 2025): each entry of W0 scaled, which may have full rank; no factor s."""
 
     PEFT = {"peft_type": "HIRA"}, {"A": "hira_A", "B": "hira_B"}
-    skip_closed, dense = 0.0, None
-
-    def __init__(self, W0: torch.Tensor, config: AdapterConfig):
-        super().__init__(W0, config)
-        self.skip_closed = config.skip_closed
+    dense = None
 
     def forward(self, x: torch.Tensor, g: torch.Tensor | None, W0, **base) -> torch.Tensor:
         x = self.drop(x)
-        if self.skip_closed == 0:
-            return self.delta(x, g, W0)
-        # A token whose gate is closed would add next to nothing: only the open ones pay for Delta. What is lost of the
-        # output is g ||Delta(x)|| a token, what is lost of the gradient is bounded by the theorem.
-        opened = (g > self.skip_closed).flatten().nonzero().flatten()               # (open tokens,); there is a gate
-        return x.new_zeros(len(x), len(W0)).index_copy_(0, opened, self.delta(x[opened], g[opened], W0))
-
-    def delta(self, x: torch.Tensor, g: torch.Tensor | None, W0: torch.Tensor) -> torch.Tensor:
         if self.dense is None or torch.is_grad_enabled():  # a kept product has no gradient to A and B
             return GatedHadamard.apply(x, W0, self.A, self.B, g)                    # (N, out)
         return times(g, linear(x, self.dense))
@@ -448,15 +432,15 @@ def save_adapter(model: nn.Module, directory) -> None:
     write_adapter(Path(directory), asdict(unwrapped(model).adapter_config), adapter_state(model))
 
 
-def load_adapter(model: nn.Module, directory, **changes) -> AdapterConfig:
+def load_adapter(model: nn.Module, directory) -> AdapterConfig:
     """Injects the adapter that `save_adapter`, `export_peft` or peft itself wrote to `directory` into a base model, ours
     or a Llama of transformers, or overwrites the values of an adapter already there.
 
-    changes: settings to override, as skip_closed=0.1. Strict: UserError names missing, surplus and misshapen tensors,
-    broken files, and settings of peft that no AdapterConfig expresses; a base that refuses an adapter stays as it was.
+    Strict: UserError names missing, surplus and misshapen tensors, broken files, and settings of peft that no
+    AdapterConfig expresses; a base that refuses an adapter stays as it was.
     """
     peft = {name: method.PEFT for name, method in METHODS.items() if hasattr(method, "PEFT")}
-    file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft, changes)
+    file, config, tensors = read_adapter(Path(directory), AdapterConfig, peft_layers(model), peft)
     fresh = not gated_layers(model)
     if not fresh and (other := unwrapped(model).adapter_config) != config:
         raise UserError(f"{file}: the model already has another adapter ({other})")

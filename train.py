@@ -77,7 +77,6 @@ class Config:
     targets: str = "qkv,fc"         # adapted layers: qkv (q, k, v), fc (up, down), or layer names, with commas between
     entropy_weight: float = 0.01    # lambda: how strongly gates are pushed towards 0 or 1
     gate_bias: float = 0.0          # b_g at the start; the gate opens sigmoid(b_g)
-    skip_closed: float = 0.0        # HiRA, token gate: tokens with a gate up to this skip the update; 0: none do
     gate_lr: float = 0.0            # learning rate of the gates; 0: the same as lr
     # data
     tasks: str = "all"              # some, with commas between; all: commonsense_170k's eight, or all that --data has
@@ -128,7 +127,7 @@ MAY_CHANGE = (*UNIMPORTANT, "eval_every")
 def adapter_config(c: Config) -> AdapterConfig:
     targets = tuple(name for word in c.targets.split(",") for name in TARGETS.get(word, (word,)))
     return AdapterConfig(method="hira" if c.peft == "gatera" else c.peft, gate=c.gate, r=c.r, alpha=c.alpha or None,
-                         dropout=c.dropout, targets=targets, gate_bias=c.gate_bias, skip_closed=c.skip_closed)
+                         dropout=c.dropout, targets=targets, gate_bias=c.gate_bias)
 
 
 def parse(argv: list[str]) -> Config:

@@ -30,14 +30,9 @@ def check_adapter(fields: dict, methods: dict, gates: dict) -> None:
         ("alpha", fields["alpha"] is None or is_number(fields["alpha"], 1e-12, 1e12), "a positive number"),
         ("gate_bias", is_number(fields["gate_bias"], -1e6, 1e6), "a finite number up to 1e6"),
         ("dropout", is_number(fields["dropout"], 0, below_one), "a number from 0 up to, not including, 1"),
-        ("skip_closed", is_number(fields["skip_closed"], 0, below_one), "a number from 0 up to, not including, 1"),
         ("targets", targets and all(isinstance(name, str) and name for name in targets),
          "at least one layer name, and no empty one"),
     ) if not fine]
-    if not wrong and fields["skip_closed"]:
-        method, gate = fields["method"], fields["gate"]
-        if not hasattr(methods[method], "skip_closed") or not hasattr(gates[gate], "per_token"):
-            wrong.append(f"skip_closed {fields['skip_closed']}: {method} with gate {gate} has nothing to skip")
     if wrong:
         raise UserError("adapter: " + "; ".join(wrong))
 
@@ -118,26 +113,26 @@ def write_adapter(directory: Path, settings: dict, tensors: dict[str, torch.Tens
     write_atomically(directory / "adapter.json", lambda path: path.write_text(text))
 
 
-def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], methods: dict, changes: dict) -> tuple:
+def read_adapter(directory: Path, make_config, layers: dict[str, list[str]], methods: dict) -> tuple:
     """(The file that holds the tensors, the config, the tensors by our names.)
 
-    make_config: the dataclass of the settings. layers, methods: as `read_peft` wants them. changes: settings that shall be
-    others than were saved. UserError names the file that is missing, damaged, or not as it was saved."""
+    make_config: the dataclass of the settings. layers, methods: as `read_peft` wants them. UserError names the file that is
+    missing, damaged, or not as it was saved."""
     file, about = directory / "adapter.safetensors", directory / "adapter.json"
     if (directory / "adapter_config.json").exists() and not file.exists():
         with reading(directory):
             settings, parts = read_peft(directory, layers, methods)
-            config = make_config(**settings | changes)
+            config = make_config(**settings)
         return directory / "adapter_model.safetensors", config, {
             f"{name}.update.{leaf}": tensor for name, part in parts.items() for leaf, tensor in part.items()}
     settings = read_json(about, "; expected a directory with adapter.safetensors and adapter.json, or one that peft wrote")
     if unknown := set(settings) - {field.name for field in fields(make_config)}:
         raise UserError(f"{about}: unknown fields {', '.join(sorted(unknown))}")
     with reading(about):
-        config = make_config(**settings | changes)
+        config = make_config(**settings)
     tensors, text = read_tensors(file, with_info=True)
     with reading(file):
-        saved = make_config(**json.loads(text) | changes) if text else config
+        saved = make_config(**json.loads(text)) if text else config
     if saved != config:
         raise UserError(f"{directory}: adapter.json is not what was saved with adapter.safetensors; it was edited or "
                         "damaged, copy it again")

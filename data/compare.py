@@ -42,7 +42,7 @@ def check_evaluated(runs: list[str], c) -> dict[str, Path]:
     if not missing:
         return found
     usual = {"adapter": "best", "protocol": "", "split": "", "beams": 4, "max_new_tokens": 0, "limit": 0,
-             "skip_closed": None, "data": "", "tasks": "", "template": "", "max_len": 0}
+             "data": "", "tasks": "", "template": "", "max_len": 0}
     given = {name: getattr(c, name) for name, value in usual.items() if getattr(c, name) != value}
     flags = shlex.join(word for name, value in given.items() for word in (flag(name), str(value).replace("\n", "\\n")))
     there = sorted({path.parent.name for run in missing for path in Path(run).glob("eval/*/predictions.jsonl")})

@@ -253,8 +253,7 @@ def results_name(adapter: str, protocol: str, c) -> str:
     c: the flags of eval.py."""
     parts = [adapter, "gates" if c.gates else "", protocol, "val" if c.split == "val" else "", str(c.limit or ""),
              f"beams{c.beams}" if protocol == "generate" and c.beams != 4 else "",
-             f"new{c.max_new_tokens}" if protocol == "generate" and c.max_new_tokens else "",
-             "" if c.skip_closed is None else f"skip{c.skip_closed}"]
+             f"new{c.max_new_tokens}" if protocol == "generate" and c.max_new_tokens else ""]
     return "-".join(part for part in parts if part)
 
 

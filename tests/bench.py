@@ -91,7 +91,7 @@ def our_side(args, method):
     """(A function of a batch that makes one training step, its model.)"""
     model = load_base(args).train()
     torch.manual_seed(0)
-    inject_adapters(model, AdapterConfig(*METHODS[method], r=args.r, **args.adapter))
+    inject_adapters(model, AdapterConfig(*METHODS[method], r=args.r))
     parameters = list(adapter_state(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0, fused=True)
     if args.compile:
@@ -335,17 +335,6 @@ def resident(args):
         print(f"| {method} | {' | '.join(f'{size:.2f}' for size in gib)} | {gib[-1] / gib[-2]:.3f} |", flush=True)
 
 
-def open_a_fifth(model, batch):
-    """Gives every gate a random direction and the b_g that leaves a fifth of this batch's tokens open."""
-    torch.manual_seed(0)
-    for layer in gated_layers(model).values():
-        layer.gate.w_g.data.normal_()
-    with torch.no_grad():  # B is zero: opening a gate changes nothing for the layers behind it
-        model(batch.ids, documents=batch.documents, select=batch.select)
-        for layer in gated_layers(model).values():
-            layer.gate.b_g -= layer.gate_logit.quantile(0.8)
-
-
 def parts(args):
     print("| what | measured | against |\n|---|---|---|")
     for part in (steps_with_gates, scoring_and_decoding, starting):
@@ -360,12 +349,6 @@ def steps_with_gates(args):
     for plain, gated in (("lora", "lora+gate"), ("hira", "gatera")):
         a, b = in_turn(args, lambda: steps[plain](work), lambda: steps[gated](work))
         yield f"token gate on {plain}", f"{100 * (b / a - 1):+.1f} %", f"a step without it, {a:.2f} s"
-    skipping, model = our_side(variant(args, adapter=dict(skip_closed=0.5)), "gatera")
-    open_a_fifth(model, pack(work).to(torch.device(args.device)))
-    a, b, c = in_turn(args, *(lambda step=step: step(work) for step in (steps["lora"], steps["gatera"], skipping)))
-    opened = torch.cat([layer.gate_logit.detach().flatten() > 0 for layer in gated_layers(model).values()])
-    yield (f"gatera --skip-closed, {100 * opened.float().mean():.0f} % of gates open",
-           f"{c / a:.2f} x ({b / a:.2f} x without skipping)", f"a LoRA step, {a:.2f} s")
 
 
 def scoring_and_decoding(args):
@@ -522,7 +505,6 @@ def main(argv: list[str] | None = None) -> None:
     if wrong:
         raise UserError("; ".join(wrong))
     options = argparse.Namespace(**vars(Settings(**given)))
-    options.adapter = {}
     dtypes = [pick_device(options.device, name)[1] for name in options.dtype.split(",")]
     if options.what != "memory":
         print(f"{machine(options)}; torch {torch.__version__}, {date.today()}\n", flush=True)

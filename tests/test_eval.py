@@ -21,7 +21,7 @@ from data import pictures, results
 from data.commonsense import Question, label_names, scoring_questions, to_text, without_tags
 from data.files import UserError
 from data.prepare import DEFAULT, TASKS, count_repeated, hold_out, load_records
-from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, load_adapter, save_adapter
+from gatera import AdapterConfig, adapter_state, gate_values, inject_adapters, save_adapter
 from data.weights import save_pretrained
 from model import Transformer, load_tokenizer
 
@@ -459,29 +459,6 @@ def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
     program(*common, "--run", tmp_path / "adapter", "--out", tmp_path / "with")
     program(*common, "--out", tmp_path / "without")
     assert read_predictions(tmp_path / "with") != read_predictions(tmp_path / "without")
-
-
-def scores_in(out):
-    return [p["scores"] for p in read_predictions(out)]
-
-
-def test_skipping_closed_gates_can_be_tried_and_switched_off(run, llama, tmp_path):
-    exact, skipping = program("--run", run), program("--run", run, "--skip-closed", 0.5)
-    out = run / "eval"
-    assert scores_in(out / "best-cloze-skip0.5") != scores_in(out / "best-cloze")
-    assert exact["configuration"] != skipping["configuration"]
-    other = shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("eval"))  # trained with it
-    load_adapter(model := Transformer.from_pretrained(llama), run / "best")
-    inject_adapters(skips := Transformer.from_pretrained(llama), AdapterConfig(r=4, skip_closed=0.5))
-    for p, q in zip(adapter_state(skips).values(), adapter_state(model).values()):
-        p.data = q.data
-    save_adapter(skips, other / "best")
-    assert program("--run", other)["configuration"] == skipping["configuration"]
-    program("--run", other, "--skip-closed", 0)
-    assert scores_in(other / "eval" / "best-cloze") == scores_in(out / "best-cloze-skip0.5")
-    assert scores_in(other / "eval" / "best-cloze-skip0.0") == scores_in(out / "best-cloze")
-    with pytest.raises(UserError, match="skip_closed"):
-        program("--run", write_run(tmp_path / "static", llama, gate="static"), "--skip-closed", 0.1)
 
 
 @pytest.mark.parametrize("argv, message", [

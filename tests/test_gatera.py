@@ -329,8 +329,6 @@ def test_A_starts_as_pefts_does():
     (dict(r=9), "r 9 is larger than the smallest adapted matrix side, 8"),
     (dict(r=0), "r 0: expected a positive whole number"),
     (dict(method="ia3", gate="soft"), "method 'ia3': expected one of lora, dora, hira; gate 'soft': expected one of"),
-    (dict(gate="static", skip_closed=0.1), "skip_closed 0.1: hira with gate static has nothing to skip"),
-    (dict(method="lora", skip_closed=0.1), "skip_closed 0.1: lora with gate token has nothing to skip"),
     (dict(dropout=1.0), "dropout 1.0"), (dict(alpha=-1.0), "alpha -1.0"), (dict(targets=()), "at least one layer name")])
 def test_impossible_adapters_are_refused(options, message):
     with pytest.raises(UserError) as caught:
@@ -516,10 +514,6 @@ def test_an_update_may_be_anything(gate, tmp_path, monkeypatch):
         merge_adapters(model)
     with pytest.raises(UserError, match="cannot be exported: peft has no"):
         export_peft(model, tmp_path / "peft")
-    with pytest.raises(UserError, match=f"skip_closed 0.1: shift with gate {gate} has nothing to skip"):
-        AdapterConfig("shift", gate, skip_closed=0.1)
-    with pytest.raises(UserError, match="nothing to skip"):
-        load_adapter(tiny(dtype=torch.float32), tmp_path, skip_closed=0.1)
 
 
 # ------------------------------------------------------------------------------------------- torch.compile
@@ -585,9 +579,9 @@ def test_adapters_can_be_switched_off_and_on(method, gate):
     assert torch.equal(model(IDS), with_adapters)
 
 
-@pytest.mark.parametrize("gate, skip_closed", [("none", 0), ("static", 0), ("token", 0), ("token", 0.5)])
-def test_cached_products_give_the_same_logits(gate, skip_closed, monkeypatch):
-    model = adapted("hira", gate, skip_closed=skip_closed)
+@pytest.mark.parametrize("gate", GATES)
+def test_cached_products_give_the_same_logits(gate, monkeypatch):
+    model = adapted("hira", gate)
     before = model(IDS)
     with torch.no_grad(), cached_products(model):
         monkeypatch.setattr(GatedHadamard, "apply", None)  # the products are not made again
@@ -607,40 +601,6 @@ def test_cached_products_take_no_gradient_away():
     with cached_products(model):
         cached = torch.autograd.grad(model(IDS).square().sum(), list(adapter_state(model).values()))
     assert all(torch.equal(a, b) for a, b in zip(whole, cached))
-
-
-def test_skipping_closed_gates_loses_no_more_than_the_theorem_allows():
-    torch.manual_seed(5)
-    linear, tau = nn.Linear(8, 12, bias=False).double().requires_grad_(False), 0.2
-    exact = GatedLinear(linear, AdapterConfig("hira", "token", r=8))
-    skipping = GatedLinear(linear, AdapterConfig("hira", "token", r=8, skip_closed=tau))
-    for name, p in trainable(exact).items():
-        p.data = torch.eye(8).double() if name == "update.A" else p.data + torch.randn_like(p)  # A = I: dL/dB is dL/d(BA)
-        skipping.get_parameter(name).data = p.data
-    x, dy = torch.randn(40, 8, dtype=torch.float64, requires_grad=True), torch.randn(40, 12, dtype=torch.float64)
-    outputs, gradients = [], []
-    for layer in (exact, skipping):
-        outputs.append(layer(x))
-        gradients.append(torch.autograd.grad((outputs[-1] * dy).sum(), [x, layer.update.B]))
-    g = torch.sigmoid(exact.gate_logit.detach())                                          # (40, 1)
-    closed = (g <= tau).flatten()
-    assert 0 < closed.sum() < 40
-    delta = x @ (linear.weight * (exact.update.B @ exact.update.A)).T
-    lost = outputs[0] - outputs[1]
-    assert torch.equal(lost[~closed], torch.zeros_like(lost[~closed]))
-    assert (lost[closed].norm(dim=1) <= tau * delta[closed].norm(dim=1)).all()
-    bound = (tau * linear.weight.abs().max() * dy.norm(dim=1) * x.norm(dim=1))[closed].sum()
-    assert 0 < (gradients[0][1] - gradients[1][1]).norm() <= bound
-    torch.testing.assert_close(gradients[0][0][~closed], gradients[1][0][~closed], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("logit, threshold", [(-1e4, 0.1), (0.0, 0.5)])  # closed: up to the threshold, which is 1/2
-def test_skipping_works_when_every_gate_is_closed(logit, threshold):
-    model = adapted("hira", "token", skip_closed=threshold)
-    set_gates(model, logit)
-    logits = model(IDS)
-    logits.square().mean().backward()
-    assert torch.equal(logits, tiny()(IDS))
 
 
 def test_adapters_work_in_packed_rows_and_with_a_cache():

@@ -377,10 +377,10 @@ def test_another_base_is_refused_or_named(place, capsys):
 
 def test_the_advice_repeats_what_was_asked_for(place):
     message = refused("--compare", "run", "run", "--protocol", "generate", "--beams", "2", "--limit", "3", "--split",
-                      "val", "--adapter", "last", "--skip-closed", "0.5")
+                      "val", "--adapter", "last")
     command = message.partition("first: python eval.py ")[2]
     assert set(re.findall(r"--\S+ \S+", command)) == {
-        "--run run", "--protocol generate", "--beams 2", "--limit 3", "--split val", "--adapter last", "--skip-closed 0.5"}
+        "--run run", "--protocol generate", "--beams 2", "--limit 3", "--split val", "--adapter last"}
     assert refused("--compare", "my run", "my run").endswith("first: python eval.py --run 'my run'")
     message = refused("--compare", "my run", "plain", "--limit", "2")  # all that are missing, and one command for them
     assert message.startswith("my run, plain: no results called best-cloze-2 there") and message.endswith(

@@ -295,7 +295,7 @@ def assert_refused(directory, *more, match, before=None):
 
 
 EDITED = {"lr": 0.02, "seed": 7, "batch": 5, "dropout": 0.3, "entropy_weight": 0.5, "weight_decay": 0.1, "alpha": 3.0,
-          "gate_lr": 0.5, "warmup": 3, "max_steps": 12, "skip_closed": 0.3, "epochs": 7, "eval_every": 4, "clip": 0.5,
+          "gate_lr": 0.5, "warmup": 3, "max_steps": 12, "epochs": 7, "eval_every": 4, "clip": 0.5,
           "r": 8, "validation": 1, "limit": 5, "max_len": 100, "form": "label", "tasks": "piqa", "targets": "qkv",
           "peft": "hira", "init": "gpt2", "gate_bias": 0.5}
 

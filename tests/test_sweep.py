@@ -127,7 +127,7 @@ def test_settings_that_differ_differ_in_the_name(name, values):
 
 def test_every_setting_that_changes_what_is_learnt_is_in_the_name():
     values = {"init": "gpt2", "peft": "lora", "gate": "static", "tasks": "piqa", "form": "cloze", "data": "mine", "template": "Q: {instruction}",
-              "targets": "qkv", "r": 3, "alpha": 4, "dropout": 0.5, "entropy_weight": 2, "gate_bias": 7, "skip_closed": 0.1,
+              "targets": "qkv", "r": 3, "alpha": 4, "dropout": 0.5, "entropy_weight": 2, "gate_bias": 7,
               "gate_lr": 0.2, "max_len": 99, "limit": 9, "lr": 0.9, "weight_decay": 0.8, "batch": 77, "epochs": 6,
               "max_steps": 55, "warmup": 11, "clip": 0.7, "seed": 42}
     others = {field.name for field in dataclasses.fields(train.Config)} - values.keys()

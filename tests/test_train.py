@@ -292,7 +292,6 @@ def test_without_a_hub_it_fails_fast_and_names_the_ways_out(monkeypatch, tmp_pat
     (["--tasks", "piqa,piqa"], ["named twice"]),
     (["--max-steps", "3", "--warmup", "3"], ["--warmup 3: expected less than --max-steps 3; lower it or leave it out"]),
     (["--warmup", "-2"], ["--warmup -2: expected a number from -1"]),
-    (["--peft", "lora", "--skip-closed", "0.1"], ["--skip-closed 0.1: lora"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--max-steps", "9" * 15, "--batch", "9" * 20], ["--max-steps 999999999999999: expected a number from 0 to 1e12",
                                                       "--batch 99999999999999999999: expected a whole number below 2^63"]),
@@ -401,7 +400,7 @@ def test_a_compiled_run_learns_the_same(flags, tmp_path):
 
 
 CHANGES = ["--gate-lr 0.1", "--clip 1e-3", "--weight-decay 0.5", "--dropout 0.5", "--gate-bias 1", "--entropy-weight 1",
-           "--limit 3", "--lr 2e-2", "--targets qkv,fc,o_proj", "--form cloze", "--skip-closed 0.49", "--gate static"]
+           "--limit 3", "--lr 2e-2", "--targets qkv,fc,o_proj", "--form cloze", "--gate static"]
 
 
 def test_every_flag_changes_what_is_learnt(llama, tmp_path):
@@ -538,7 +537,7 @@ def test_the_dtype_of_a_cpu_is_the_quicker_one(factor, expected, monkeypatch):
     assert CPU_DTYPE() == expected
 
 
-@pytest.mark.parametrize("flags", [(), ("--skip-closed", "0.4"), ("--checkpointing",), ("--peft", "lora"), ("--peft", "dora")])
+@pytest.mark.parametrize("flags", [(), ("--checkpointing",), ("--peft", "lora"), ("--peft", "dora")])
 def test_bfloat16_is_float32_within_its_rounding(flags, llama, tmp_path):
     """Losses of six steps and scores of what they taught; --resume and eval.py keep what auto meant."""
     lines = {}
