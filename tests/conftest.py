@@ -5,8 +5,10 @@ import shutil
 import sys
 from pathlib import Path
 
-# Tests run on the CPU, where numbers are those of other machines; pytest-xdist's workers do as the process that starts them.
-if not any("test_cuda" in word for word in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
+# Tests run on the CPU, where numbers are those of other machines, but for `pytest tests/test_cuda.py`. pytest-xdist's workers
+# do as the process that started them.
+FILES = [word for word in sys.argv[1:] if not word.startswith("-") and ".py" in word]
+if (not FILES or any("test_cuda.py" not in file for file in FILES)) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import gguf

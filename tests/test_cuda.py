@@ -5,11 +5,13 @@
 All other tests run on the CPU, also where there is a GPU (conftest.py).
 """
 import itertools
+import json
 import os
 import signal
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 import eval as evaluation
@@ -31,6 +33,7 @@ FAMILIES = {"gpt2": TransformerConfig(**SMALL, norm="layernorm", positions="lear
 ADAPTERS = list(itertools.product(METHODS, GATES))
 # Relative errors: of sums in float32 in another order, and of products of bfloat16's 8 bits and float16's 11.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+HAS_BFLOAT16 = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
 def questions(count: int, seed: int = 0, several: bool = False) -> list[Question]:
@@ -84,39 +87,48 @@ def test_a_step_is_the_cpus_in_float64(adapter_of, family):
     reference = make_model(family, *adapter_of, "cpu", torch.float64)
     expected = [step(reference, row, torch.float64) for row in rows]
     for dtype, tolerance in ROUNDING.items():
+        if dtype == torch.bfloat16 and not HAS_BFLOAT16:
+            continue
         model = make_model(family, *adapter_of, GPU, dtype)
         for row, of_row in zip(rows, expected):
             assert_close(step(model, row, dtype, 2.0**12 if dtype == torch.float16 else 1.0), of_row, tolerance)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method, gate", [("lora", "none"), ("dora", "token"), ("hira", "token"), ("hira", "static")])
+@pytest.mark.parametrize("method, gate, dtype, checkpointing", [
+    ("lora", "none", torch.float32, False), ("dora", "token", torch.float32, False), ("hira", "token", torch.float32, False),
+    ("hira", "token", torch.float32, True), ("hira", "token", torch.float16, False)])
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)  # beyond that limit, all would run uncompiled
 def test_compiled_and_checkpointed_steps_are_the_plain_one(method, gate, dtype, checkpointing):
+    torch._dynamo.reset()
     rows = [pack(questions(count, count)) for count in (5, 3, 8)]
     plain, other = (make_model("llama", method, gate, GPU, dtype) for _ in "ab")
-    expected = [step(plain, row, dtype) for row in rows]
+    scale = 2.0**12 if dtype == torch.float16 else 1.0
+    expected = [step(plain, row, dtype, scale) for row in rows]
     other.gradient_checkpointing = checkpointing
     compile_blocks(other)
     for row, of_row in zip(rows, expected):
-        assert_close(step(other, row, dtype), of_row, ROUNDING[dtype])
+        assert_close(step(other, row, dtype, scale), of_row, ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("method, gate", [("lora", "token"), ("dora", "token"), ("hira", "token"), ("hira", "none")])
 def test_a_step_never_waits_for_the_gpu(method, gate):
-    model = make_model("llama", method, gate, GPU, torch.bfloat16)
+    """The loop's own step, but for the numbers that it reads where it logs; test_device.py runs that loop itself."""
+    model = make_model("llama", method, gate, GPU, torch.float16)
     optimizer = train.make_optimizer(model, train.Config())
     rows = [pack(questions(count)).to(GPU) for count in (4, 6)]
     for row in rows:  # the first one makes handles, for which the host waits
         torch.cuda.set_sync_debug_mode("error" if row is rows[1] else "default")
         try:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+            with torch.autocast("cuda", dtype=torch.float16):
                 logits = model(row.ids, documents=row.documents, select=row.select)
                 loss = F.cross_entropy(logits.float(), row.targets) + gate_entropy(model, row.is_real)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(adapter_state(model).values(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if row is rows[1]:
+                with pytest.raises(RuntimeError):
+                    loss.item()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -142,12 +154,18 @@ def flags(base, directory, *more):
             "--log-every", 1, "--lr", 1e-2, "--peft", "gatera", "--device", "cuda", *more]
 
 
+def json_lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def losses(directory):
     return torch.tensor([line["loss"] for line in metrics(directory) if "loss" in line])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 2e-2), ("float16", 1e-2)])
-def test_a_run_is_the_cpus_and_goes_on_after_a_stop(dtype, tolerance, llama, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype, tolerance", [
+    ("float32", 1e-4), ("float16", 1e-3),
+    pytest.param("bfloat16", 3e-3, marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="this GPU has no bfloat16"))])
+def test_a_run_is_the_cpus_and_goes_on_after_a_stop(dtype, tolerance, llama, tmp_path, monkeypatch):
     train.main(flags(llama, tmp_path / "cpu", "--device", "cpu", "--dtype", "float32"))
     train.main(flags(llama, tmp_path / "gpu", "--dtype", dtype))
     assert torch.allclose(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), rtol=tolerance)
@@ -159,24 +177,29 @@ def test_a_run_is_the_cpus_and_goes_on_after_a_stop(dtype, tolerance, llama, tmp
     train.main(["--resume", tmp_path / "cut"])
     # Sums whose order is left to the GPU make two runs differ in their last bits.
     assert torch.allclose(losses(tmp_path / "cut"), losses(tmp_path / "gpu"), rtol=tolerance)
-    for name, tensor in adapter(tmp_path / "gpu").items():
-        assert (adapter(tmp_path / "cut")[name] - tensor).norm() <= 10 * tolerance * tensor.norm(), name
+    expected, whole, cut = (torch.cat([tensor.flatten() for _, tensor in sorted(adapter(tmp_path / name).items())])
+                            for name in ("cpu", "gpu", "cut"))
+    assert (whole - expected).norm() <= 100 * tolerance * expected.norm()
+    assert (cut - whole).norm() <= 100 * tolerance * whole.norm()
 
 
-def test_what_a_gpu_trained_is_evaluated_and_shown_on_both(llama, tmp_path, capsys):
+def test_what_a_gpu_trained_is_evaluated_and_shown_on_both(llama, tmp_path):
     run = tmp_path / "run"
-    train.main(flags(llama, run, "--dtype", "float32", "--compile"))
+    train.main(flags(llama, run, "--dtype", "float32"))
     for protocol in ("cloze", "label", "generate"):
-        gpu, cpu = (evaluation.main(["--run", run, "--protocol", protocol, "--limit", 8, "--dtype", "float32", "--device",
-                                     device, "--out", tmp_path / device / protocol]) for device in ("cuda", "cpu"))
+        gpu, cpu = (evaluation.main(["--run", run, "--protocol", protocol, "--dtype", "float32", "--device", device,
+                                     "--out", tmp_path / device / protocol]) for device in ("cuda", "cpu"))
         assert gpu["tasks"] == cpu["tasks"] and gpu["device"] != cpu["device"]
+        gpu, cpu = (json_lines_of(tmp_path / device / protocol / "predictions.jsonl") for device in ("cuda", "cpu"))
+        for one, other in zip(gpu, cpu, strict=True):
+            assert one.get("text") == other.get("text")
+            assert one.get("scores", []) == pytest.approx(other.get("scores", []), rel=1e-4)
     shown = [evaluation.main(["--run", run, "--gates", "--limit", 2, "--device", device, "--out", tmp_path / device])
              ["gates"]["prompt"]["mean"] for device in ("cuda", "cpu")]
     assert shown[0] == pytest.approx(shown[1], rel=1e-4)
-    for device in ("cuda", "cpu"):
-        capsys.readouterr()
-        answer = evaluation.main(["--run", run, "--prompt", "Why?", "--device", device])
-        assert set(answer) == {"with the adapter", "without the adapter (the base)"}
+    gpu, cpu = (evaluation.main(["--run", run, "--prompt", "Why?", "--dtype", "float32", "--device", device])
+                for device in ("cuda", "cpu"))
+    assert gpu == cpu and len(gpu) == 2
 
 
 def test_a_gpu_that_is_full_names_what_to_lower(llama, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ COMMANDS = commands(OTHERS)
 def copy_repository(to: Path) -> Path:
     for pattern in ("*.py", "*.txt", "*.toml", "data/*.py", "data/sample/*.json", "data/sample/*/*", "tests/*.py", "assets/evidence/*",
                     "assets/fork/*"):
-        for file in ROOT.glob(pattern):
+        for file in filter(Path.is_file, ROOT.glob(pattern)):
             (to / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to / file.relative_to(ROOT))
     from conftest import write_llama  # here, as `python tests/test_readme.py` can do without
