@@ -186,6 +186,19 @@ def execute(words: tuple[str, ...], programs: SimpleNamespace) -> dict | None:
             subprocess.run(words, check=True, env=here)
         case ("python", "assets/evidence/tables.py", *_):
             subprocess.run([sys.executable, *words[1:]], check=True)
+        case ("python", "assets/evidence/measures.py", *_):  # on real models and data it takes minutes
+            with pytest.MonkeyPatch.context() as patch:
+                patch.syspath_prepend("assets/evidence")
+                measures = importlib.import_module("measures")
+                patch.setattr(measures, "load_records", functools.partial(measures.load_records, out="data/sample"))
+                model, tokenizer = programs.model.Transformer.from_pretrained("tiny"), programs.model.load_tokenizer("tiny")
+                before = measures.knowledge(model, tokenizer)
+                programs.gatera.inject_adapters(model, programs.gatera.AdapterConfig(r=4))
+                assert measures.knowledge(model, tokenizer) == before  # a fresh adapter is the base
+                for _, p in programs.gatera.adapter_state(model).items():
+                    p.data += 0.3 * torch.randn_like(p)
+                assert all(-1 <= number <= 1 for side in measures.surprise(model, tokenizer).values()
+                           for numbers in side.values() for number in numbers)
         case ("python", "-m", "data.download"):
             assert (Path("data") / "download.py").is_file()  # it downloads
         case ("python3", "-m", "venv", _) | (".", ".venv/bin/activate"):

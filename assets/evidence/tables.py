@@ -7,6 +7,7 @@ Each file is one experiment: the settings that its runs share, and for each run 
 training and on held-out records, and for each task its hits: one bit a question in the task's order, in hexadecimal.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -39,13 +40,20 @@ def markdown(rows: list[list[str]]) -> str:
 # ------------------------------------------------------------------------------------------------- accuracies
 
 
-def hits_of(experiment: dict) -> dict[str, dict[str, np.ndarray]]:
-    """{method: {task: hits, (seeds, questions)}}"""
+def by_method(experiment: dict, value) -> dict[str, np.ndarray]:
+    """{method: value of each of its runs, in the order of their seeds}"""
     methods = {}
     for name, run in experiment["runs"].items():
-        methods.setdefault(name.split("/")[0], []).append(run["hits"])
-    return {method: {task: np.array([bits(run[task]) for run in runs]) for task in experiment["questions"]}
-            for method, runs in methods.items()}
+        method, _, seed = name.partition("/")
+        methods.setdefault(method, {})[int(seed or 0)] = value(run)
+    return {method: np.array([runs[seed] for seed in sorted(runs)]) for method, runs in methods.items()}
+
+
+def hits_of(experiment: dict) -> dict[str, dict[str, np.ndarray]]:
+    """{method: {task: hits, (seeds, questions)}}"""
+    tasks = {task: by_method(experiment, lambda run, task=task, n=n: bits(run["hits"][task])[:n].astype(float))
+             for task, n in experiment["questions"].items()}
+    return {method: {task: of_task[method] for task, of_task in tasks.items()} for method in next(iter(tasks.values()))}
 
 
 def accuracy(hits: np.ndarray | list) -> str:
@@ -87,6 +95,148 @@ def says_true() -> dict[str, int]:
     return {method: int((hits["boolq"] == answer_is_true).sum()) for method, hits in hits_of(experiment).items()}
 
 
+# ---------------------------------------------------------------------- what the plan in README.md asks, five seeds
+
+T = {95: 2.776, 99: 4.604}  # Student's t of four degrees of freedom, for five seeds
+PAIRS = [("lora-token", "lora"), ("dora-token", "dora"), ("gatera", "hira")]
+COMPARISONS = {  # what: ([(with, without), ...], level in percent)
+    "1. a token gate, mean of the next three": (PAIRS, 95),
+    "2. a token gate on LoRA": (PAIRS[:1], 99),
+    "2. a token gate on DoRA": (PAIRS[1:2], 99),
+    "2. a token gate on HiRA (GateRA)": (PAIRS[2:], 99),
+    "2. a static gate on HiRA": ([("hira-static", "hira")], 99),
+    "2. the entropy term (GateRA - HiRA + token gate)": ([("gatera", "hira-token")], 99)}
+
+
+SEEDS = 5
+
+
+def complete(methods: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> bool:
+    """Whether all seeds of all that is compared have run."""
+    return all(len(methods.get(method, ())) == SEEDS for pair in pairs for method in pair)
+
+
+def paired(methods: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]]) -> list[np.ndarray]:
+    """With minus without, mean over the pairs, for each task: (seeds, questions)."""
+    return [np.mean([methods[one][task] - methods[other][task] for one, other in pairs], axis=0)
+            for task in methods[pairs[0][0]]]
+
+
+def estimate(tasks: list[np.ndarray], level: int, digits: int) -> list[str]:
+    """[the mean over tasks, which count alike; its interval over questions: bootstrap, these seeds; its interval over
+    seeds: Student's t, these questions] of differences (seeds, questions)."""
+    rng, tail = np.random.default_rng(0), (100 - level) / 2
+    means = np.mean([bootstrap(task.mean(0), rng) / 100 for task in tasks], axis=0)
+    return [f"{np.mean([task.mean() for task in tasks]):+.{digits}f}",
+            span(*np.percentile(means, [tail, 100 - tail]), digits),
+            over_seeds(np.mean([task.mean(1) for task in tasks], axis=0), level, digits)]
+
+
+def over_seeds(values: np.ndarray, level: int, digits: int) -> str:
+    assert len(values) == SEEDS
+    half = T[level] * values.std(ddof=1) / len(values) ** 0.5
+    return span(values.mean() - half, values.mean() + half, digits)
+
+
+def span(low: float, high: float, digits: int) -> str:
+    return f"{low:+.{digits}f} to {high:+.{digits}f}"
+
+
+def results(name: str) -> str:
+    """Accuracies and held-out losses, mean and standard deviation, of what all seeds of have run."""
+    experiment = read(name)
+    methods, paper = hits_of(experiment), experiment.get("paper", {})
+    runs = {run.split("/")[0]: facts["settings"] for run, facts in experiment["runs"].items() if "settings" in facts}
+    losses = by_method(experiment, lambda run: run.get("validation_loss", math.nan))
+    rows = [["run", "is", "rate", *[TITLES.get(task, task) for task in experiment["questions"]], "mean", "held-out loss",
+             *["paper, LLaMA-3-8B"] * bool(paper)]]
+    for method, hits in methods.items():
+        mean = np.mean([hits[task].mean(1) for task in hits], axis=0)
+        is_base = method not in runs
+        if not is_base and len(mean) < SEEDS:
+            continue
+        rows.append([f"{name}/{method}", experiment["is"][method], "" if is_base else f"{runs[method]['lr']:g}",
+                     *[accuracy(hits[task]) for task in hits], accuracy(mean[:, None]),
+                     "" if is_base else f"{losses[method].mean():.3f} ± {losses[method].std(ddof=1):.3f}",
+                     *([f"{paper[method]:.2f}" if method in paper else ""] if paper else [])])
+    return markdown(rows)
+
+
+def comparisons() -> str:
+    """The plan's comparisons 1 to 3."""
+    rows = [["", "steps", "level", "accuracy, points", "over questions", "over seeds", "held-out loss, nats", "over seeds"]]
+    tasks, loss = {}, {}
+    for steps, (what, (pairs, level)) in [(400, item) for item in COMPARISONS.items()] + [(50, next(iter(COMPARISONS.items())))]:
+        experiment = read(f"cloze-{steps}")
+        losses = by_method(experiment, lambda run: run.get("validation_loss", math.nan))
+        if complete(losses, pairs):
+            hits = {method: {task: 100 * of_task for task, of_task in of_method.items()}
+                    for method, of_method in hits_of(experiment).items()}
+            tasks[what, steps] = paired(hits, pairs)
+            loss[what, steps] = np.mean([losses[one] - losses[other] for one, other in pairs], axis=0)
+    first = next(iter(COMPARISONS))
+    if (first, 400) in tasks and (first, 50) in tasks:
+        growth = "3. its growth", "400 - 50"
+        tasks[growth] = [late - early for late, early in zip(tasks[first, 400], tasks[first, 50])]
+        loss[growth] = loss[first, 400] - loss[first, 50]
+    for what, steps in tasks:
+        level = COMPARISONS.get(what, (None, 95))[1]
+        rows.append([what, str(steps), f"{level} %", *estimate(tasks[what, steps], level, 2), f"{loss[what, steps].mean():+.4f}",
+                     over_seeds(loss[what, steps], level, 4)])
+    return markdown(rows)
+
+
+def knowledge() -> str:
+    """The plan's comparison 4: what a run predicts worse, or better, than the base, of what it was not trained on."""
+    experiment = read("knowledge")
+    tokens = {name: np.array(counts) for name, counts in experiment["tokens"].items()}
+    tasks = [name for name in tokens if name != "passages"]
+
+    def nats(run, name):
+        """Values of texts whose mean is the loss of a token, and spreads as it does from one choice of texts to another."""
+        n, t = np.array(run[name]), tokens[name]
+        return n.sum() / t.sum() + (n - n.sum() / t.sum() * t) / t.mean()
+    measures = [({"passages": lambda run: nats(run, "passages")}, 4),
+                ({task: lambda run, task=task: nats(run, task) for task in tasks}, 4),
+                ({task: lambda run, task=task: 100.0 * bits(run["hits"][task])[:len(tokens[task])] for task in tasks}, 2)]
+    rows = [["", "level", "passages, nats a token", "other tasks' answers, nats a token", "other tasks' accuracy, points"]]
+    tables = [({name: by_method(experiment, value) for name, value in groups.items()}, digits) for groups, digits in measures]
+    for method, of_method in next(iter(tables[0][0].values())).items():
+        if method != "base" and len(of_method) < SEEDS:
+            continue
+        cells = []
+        for groups, digits in tables:
+            value = np.mean([of_group[method].mean(1) for of_group in groups.values()], axis=0)
+            base = np.mean([of_group["base"].mean() for of_group in groups.values()])
+            cells.append(f"{base:.{digits - 1}f}" if method == "base" else
+                         f"{value.mean() - base:+.{digits - 1}f} ± {value.std(ddof=1):.{digits - 1}f}")
+        rows.append([f"knowledge/{method}" + ("" if method == "base" else " - base"), "", *cells])
+    for what, (pairs, level) in COMPARISONS.items():
+        if not complete(next(iter(tables[0][0].values())), pairs):
+            continue
+        cells = []
+        for groups, digits in tables:
+            methods = {method: {name: of_group[method] for name, of_group in groups.items()}
+                       for pair in pairs for method in pair}
+            cells.append("{} ({}; {})".format(*estimate(paired(methods, pairs), level, digits)))
+        rows.append([what, f"{level} %", *cells])
+    return markdown(rows)
+
+
+def quarters() -> str:
+    """Held-out losses by learning rate at seeds 1 and 2."""
+    losses = {}
+    for run, facts in read("quarters")["runs"].items():
+        method, rate, seed = run.split("/")
+        losses.setdefault(method, {}).setdefault(rate, {})[seed] = facts["validation_loss"]
+    rates = sorted({rate for by_rate in losses.values() for rate in by_rate}, key=float)
+    rows = [["held-out loss", *rates]]
+    for method, by_rate in losses.items():
+        rows.append([f"quarters/{method}", *[", ".join(f"{loss:.4f}" for loss in by_rate[rate].values()) if rate in by_rate
+                                             else "" for rate in rates]])
+    return markdown(rows)
+
+
 # ------------------------------------------------------------------------------------------- losses and gates
 
 
@@ -118,6 +268,29 @@ def story() -> str:
     return markdown(rows)
 
 
+def surprise() -> str:
+    """Rank correlations of GateRA's gates, after 400 steps, with what the base makes of a token."""
+    measured = read("story")["surprise"]
+    rows = [["rank correlation of a token's gate with the base's", *measured["prompt"]]]
+    for side, values in measured.items():
+        rows.append([f"{side} tokens", *[f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in values.values()]])
+    return markdown(rows)
+
+
+def forgetting() -> str:
+    """What the runs of the search for rates lost on passages, beside what they learnt."""
+    experiment, rates = read("rates"), {}
+    for run, facts in experiment["runs"].items():
+        method, rate = run.split("/")
+        if "passages" in facts:
+            lost = facts["passages"] - experiment["base_passages"]
+            rates.setdefault(method, {})[rate] = f"{lost:+.3f} at {facts['validation_loss']:.3f}"
+    columns = sorted({rate for by_rate in rates.values() for rate in by_rate}, key=float)
+    rows = [["lost, at the held-out loss", *columns]]
+    rows += [[f"forgetting/{method}", *[by_rate.get(rate, "") for rate in columns]] for method, by_rate in rates.items()]
+    return markdown(rows)
+
+
 def curves(experiment: dict, name: str) -> list[dict]:
     """A run's losses and gates, as the lines of its metrics.jsonl had them."""
     run = experiment["runs"][name]
@@ -128,7 +301,9 @@ def curves(experiment: dict, name: str) -> list[dict]:
 
 
 TABLES = {"cloze": lambda: accuracies("cloze"), "search": lambda: search("search", "cloze"),
-          "rates": lambda: search("rates"), "label": lambda: accuracies("label"), "story": story}
+          "cloze-400": lambda: results("cloze-400"), "cloze-50": lambda: results("cloze-50"), "comparisons": comparisons,
+          "quarters": quarters, "rates": lambda: search("rates"), "knowledge": knowledge, "forgetting": forgetting,
+          "surprise": surprise, "label": lambda: accuracies("label"), "story": story}
 DRAWN = "default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"
 
 
