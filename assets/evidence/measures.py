@@ -1,12 +1,12 @@
 """What eval.py does not measure: what a run still knows, and what its gates go by.
 
-    python assets/evidence/measures.py base out/gatera/1 ...      a line of JSON for each, base being the run's base
+    python assets/evidence/measures.py base out/gatera/1 ...      a line of JSON for each, base being SmolLM2 alone
 
-A line of knowledge.json, with its "tokens": the nats of the first 200 different passages of BoolQ's test set, all tokens but
-the first; of the first 200 test questions of each task that was not trained, the nats of the right answer in cloze form,
-and "hits", whether acc_norm's choice is right. Of a run with token gates, also story.json's "surprise": rank correlations of a
-token's gate with how well the base predicts it and what follows it, over 60 test questions with their right answers of each
-task that was trained; and their 5th and 95th percentiles over single gates.
+A line of knowledge.json, with its "tokens": the nats of the first 200 different passages of BoolQ's test set, all tokens
+but the first; of the first 200 test questions of each task that was not trained, the nats of the right answer in cloze
+form, and "hits", whether acc_norm's choice is right. Of a run with token gates, also story.json's "surprise": rank
+correlations (Spearman's) of a token's gate with how well the base predicts it and what follows it, over 60 test questions
+with their right answers of each task that was trained; and their 5th and 95th percentiles over single gates.
 """
 import json
 import sys
@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
+from data.cli import run_command  # noqa: E402
 from data.commonsense import Question, scoring_questions, training_question  # noqa: E402
 from data.prepare import load_records  # noqa: E402
 from eval import evaluate, log_likelihoods  # noqa: E402
@@ -79,7 +80,7 @@ def surprise(model, tokenizer) -> dict:
     return measured
 
 
-if __name__ == "__main__":
+def main() -> None:
     device, tokenizer = "cuda" if torch.cuda.is_available() else "cpu", load_tokenizer("smollm2-135m")
     for run in sys.argv[1:]:
         model = Transformer.from_pretrained("smollm2-135m", dtype=torch.bfloat16, device=device)
@@ -88,3 +89,7 @@ if __name__ == "__main__":
         has_gates = run != "base" and model.adapter_config.gate == "token"
         more = {"surprise": surprise(model, tokenizer)} if has_gates else {}
         print(json.dumps({"run": run} | knowledge(model, tokenizer) | more), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

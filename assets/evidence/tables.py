@@ -3,8 +3,9 @@
     python assets/evidence/tables.py                prints the tables
     python assets/evidence/tables.py story.png      draws the picture into that file
 
-Each file is one experiment: the settings that its runs share, and for each run the settings of its own, the losses in
-training and on held-out records, and for each task its hits: one bit a question in the task's order, in hexadecimal.
+knowledge.json holds what measures.py prints. Each other file is one experiment: the settings that its runs share, and for
+each run the settings of its own, the losses in training and on held-out records, and for each task its hits: one bit a
+question in the task's order, in hexadecimal.
 """
 import json
 import math
@@ -225,35 +226,34 @@ def knowledge() -> str:
 
 def quarters() -> str:
     """Held-out losses by learning rate at seeds 1 and 2."""
-    losses = {}
+    cells = {}
     for run, facts in read("quarters")["runs"].items():
-        method, rate, seed = run.split("/")
-        losses.setdefault(method, {}).setdefault(rate, {})[seed] = facts["validation_loss"]
-    rates = sorted({rate for by_rate in losses.values() for rate in by_rate}, key=float)
-    rows = [["held-out loss", *rates]]
-    for method, by_rate in losses.items():
-        rows.append([f"quarters/{method}", *[", ".join(f"{loss:.4f}" for loss in by_rate[rate].values()) if rate in by_rate
-                                             else "" for rate in rates]])
-    return markdown(rows)
+        method, rate, _ = run.split("/")
+        of_method = cells.setdefault(method, {})
+        of_method[rate] = ", ".join([*filter(None, [of_method.get(rate)]), f"{facts['validation_loss']:.4f}"])
+    return markdown(by_rate("held-out loss", "quarters", cells))
 
 
 # ------------------------------------------------------------------------------------------- losses and gates
 
 
+def by_rate(title: str, name: str, cells: dict[str, dict[str, str]]) -> list[list[str]]:
+    """The rows of a table of {method: {learning rate: text}}."""
+    rates = sorted({rate for of_method in cells.values() for rate in of_method}, key=float)
+    return [[title, *rates], *([f"{name}/{method}", *[of_method.get(rate, "") for rate in rates]]
+                               for method, of_method in cells.items())]
+
+
 def search(name: str, then: str = "") -> str:
     """Held-out losses by learning rate at seed 1; and of the best rate, the mean over the seeds of the experiment `then`."""
-    losses, rates, seeds = {}, set(), {}
+    cells = {}
     for run, facts in read(name)["runs"].items():
         method, rate = run.split("/")
-        rates.add(rate)
-        losses.setdefault(method, {})[rate] = facts["validation_loss"]
-    for run, facts in read(then)["runs"].items() if then else ():
-        seeds.setdefault(run.split("/")[0], []).append(facts.get("validation_loss"))
-    rates = sorted(rates, key=float)
-    rows = [["held-out loss", *rates, *["three seeds"] * bool(then)]]
-    for method, by_rate in losses.items():
-        cells = [f"{by_rate[rate]:.3f}" if rate in by_rate else "" for rate in rates]
-        rows.append([f"{name}/{method}", *cells, *([f"{np.mean(seeds[method]):.3f}"] if then else [])])
+        cells.setdefault(method, {})[rate] = f"{facts['validation_loss']:.3f}"
+    rows = by_rate("held-out loss", name, cells)
+    if then:
+        seeds = by_method(read(then), lambda run: run.get("validation_loss", math.nan))
+        rows = [rows[0] + ["three seeds"], *(row + [f"{seeds[method].mean():.3f}"] for row, method in zip(rows[1:], cells))]
     return markdown(rows)
 
 
@@ -279,16 +279,12 @@ def surprise() -> str:
 
 def forgetting() -> str:
     """What the runs of the search for rates lost on passages, beside what they learnt."""
-    experiment, rates = read("rates"), {}
+    experiment, cells = read("rates"), {}
     for run, facts in experiment["runs"].items():
         method, rate = run.split("/")
-        if "passages" in facts:
-            lost = facts["passages"] - experiment["base_passages"]
-            rates.setdefault(method, {})[rate] = f"{lost:+.3f} at {facts['validation_loss']:.3f}"
-    columns = sorted({rate for by_rate in rates.values() for rate in by_rate}, key=float)
-    rows = [["lost, at the held-out loss", *columns]]
-    rows += [[f"forgetting/{method}", *[by_rate.get(rate, "") for rate in columns]] for method, by_rate in rates.items()]
-    return markdown(rows)
+        lost = facts["passages"] - experiment["base_passages"]
+        cells.setdefault(method, {})[rate] = f"{lost:+.3f} at {facts['validation_loss']:.3f}"
+    return markdown(by_rate("lost, at the held-out loss", "forgetting", cells))
 
 
 def curves(experiment: dict, name: str) -> list[dict]:
