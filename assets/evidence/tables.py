@@ -1,7 +1,7 @@
-"""The tables of README.md beside this file, and the first of its pictures, from the runs in *.json.
+"""The tables of README.md beside this file, and two of its pictures, from the runs in *.json.
 
     python assets/evidence/tables.py                prints the tables
-    python assets/evidence/tables.py story.png      draws the picture into that file
+    python assets/evidence/tables.py assets         draws story.png and long.png into that directory
 
 knowledge.json holds what measures.py prints. Each other file is one experiment: the settings that its runs share, and for
 each run the settings of its own, the losses in training and on held-out records, and for each task its hits: one bit a
@@ -257,23 +257,26 @@ def search(name: str, then: str = "") -> str:
     return markdown(rows)
 
 
-def story() -> str:
-    rows = [["run", "changed", "held-out loss", "mean gate on prompts", "on answers", "entropy, prompts",
-             "closed, prompts", "open, prompts", "closed, answers", "open, answers"]]
-    for name, run in read("story")["runs"].items():
-        prompt, answer = run["gates"]["prompt"], run["gates"]["answer"]
+def story(name: str) -> str:
+    """What the gates of each run do."""
+    rows = [["run", "changed", "held-out loss", "mean gate on prompts", "on answers", "entropy, prompts", "closed, prompts",
+             "open, prompts", "closed, answers", "open, answers", "between tokens, prompts"]]
+    for run, facts in read(name)["runs"].items():
+        prompt, answer = facts["gates"]["prompt"], facts["gates"]["answer"]
         shares = [f"{100 * gates[side]:.0f} %" for gates in (prompt, answer) for side in ("below_0.05", "above_0.95")]
-        rows.append([f"story/{name}", run["changed"], f"{run['validation_loss']:.3f}", f"{prompt['mean']:.2f}",
-                     f"{answer['mean']:.2f}", f"{prompt['entropy_bits']:.2f}", *shares])
+        between = f"{100 * prompt['between_tokens']:.0f} %" if "between_tokens" in prompt else ""
+        rows.append([f"{name}/{run}", facts["changed"], f"{facts['validation_loss']:.3f}", f"{prompt['mean']:.2f}",
+                     f"{answer['mean']:.2f}", f"{prompt['entropy_bits']:.2f}", *shares, between])
     return markdown(rows)
 
 
 def surprise() -> str:
-    """Rank correlations of GateRA's gates, after 400 steps, with what the base makes of a token."""
-    measured = read("story")["surprise"]
-    rows = [["rank correlation of a token's gate with the base's", *measured["prompt"]]]
-    for side, values in measured.items():
-        rows.append([f"{side} tokens", *[f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in values.values()]])
+    """Rank correlations of a token's mean gate with what the base makes of it."""
+    rows = [["rank correlation of a token's gate with the base's", "tokens"]]
+    for run, facts in read("long")["runs"].items():
+        for side, values in facts.get("surprise", {}).items():
+            rows[0][2:] = values
+            rows.append([f"long/{run}", side, *[f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in values.values()]])
     return markdown(rows)
 
 
@@ -290,7 +293,7 @@ def forgetting() -> str:
 def curves(experiment: dict, name: str) -> list[dict]:
     """A run's losses and gates, as the lines of its metrics.jsonl had them."""
     run = experiment["runs"][name]
-    steps = run.get("steps", experiment["steps"])
+    steps = (run if "steps" in run else experiment)["steps"]
     keys = [key for key in ("loss", "entropy", "gate_prompt", "gate_answer") if key in run]
     lines = [{"step": step} | {key: run[key][i] for key in keys} for i, step in enumerate(steps)]
     return [*lines, {"step": steps[-1], "validation_loss": run["validation_loss"]}]
@@ -299,12 +302,15 @@ def curves(experiment: dict, name: str) -> list[dict]:
 TABLES = {"cloze": lambda: accuracies("cloze"), "search": lambda: search("search", "cloze"),
           "cloze-400": lambda: results("cloze-400"), "cloze-50": lambda: results("cloze-50"), "comparisons": comparisons,
           "quarters": quarters, "rates": lambda: search("rates"), "knowledge": knowledge, "forgetting": forgetting,
-          "surprise": surprise, "label": lambda: accuracies("label"), "story": story}
-DRAWN = "default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"
+          "surprise": surprise, "label": lambda: accuracies("label"), "story": lambda: story("story"),
+          "long": lambda: story("long")}
+DRAWN = {"story": ("default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"),
+         "long": ("50-steps", "400-steps")}
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        draw_training({name: curves(read("story"), name) for name in DRAWN}, Path(sys.argv[1]))
+        for name, runs in DRAWN.items():
+            draw_training({run: curves(read(name), run) for run in runs}, Path(sys.argv[1]) / f"{name}.png")
     else:
         print("\n\n".join(table() for table in TABLES.values()))
