@@ -4,7 +4,7 @@
 
 A line of knowledge.json, with its "tokens": the nats of the first 200 different passages of BoolQ's test set, all tokens
 but the first; of the first 200 test questions of each task that was not trained, the nats of the right answer in cloze
-form, and "hits", whether acc_norm's choice is right. Of a run with token gates, also story.json's "surprise": rank
+form, and "hits", whether acc_norm's choice is right. Of a run with token gates, also long.json's "surprise": rank
 correlations (Spearman's) of a token's gate with how well the base predicts it and what follows it, over 60 test questions
 with their right answers of each task that was trained; and their 5th and 95th percentiles over single gates.
 """

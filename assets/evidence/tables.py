@@ -311,7 +311,8 @@ TABLES = {"cloze": lambda: accuracies("cloze"), "search": lambda: search("search
           "quarters": quarters, "rates": lambda: search("rates"), "knowledge": knowledge, "forgetting": forgetting,
           "surprise": surprise, "label": label, "story": lambda: story("story"), "long": lambda: story("long")}
 DRAWN = {"story": ("default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"),
-         "long": ("50-steps", "400-steps", "lambda-1.5", "lambda-1.5-rising", "1600-steps")}
+         "long": ("50-steps", "400-steps", "lambda-1.5", "lambda-1.5-rising", "bias-minus-3-gate-lr-0.1",
+                  "1600-steps")}
 
 
 if __name__ == "__main__":
