@@ -60,7 +60,7 @@ def reading(file: Path):
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{file}: broken or truncated ({reason}); fetch it again") from error
+        raise UserError(f"{file}: broken or truncated ({reason}); fetch or make it again") from error
 
 
 def is_panic(error: BaseException) -> bool:
