@@ -20,7 +20,7 @@ from data.pictures import draw_training  # noqa: E402
 from data.compare import bootstrap  # noqa: E402
 
 
-TITLES = {"boolq": "BoolQ", "piqa": "PIQA", "openbookqa": "OpenBookQA"}
+TITLES = {"piqa": "PIQA", "openbookqa": "OpenBookQA"}
 
 
 def read(experiment: str) -> dict:
@@ -86,19 +86,16 @@ def accuracies(name: str) -> str:
 
 
 def label() -> str:
-    """BoolQ in label form: held-out losses while training; accuracy, also minus that of the commonest answer, "true", with
-    a 95 % interval over questions; and how often a run gives that answer: where it hits and it is right, or neither."""
+    """BoolQ in label form: held-out losses while training; accuracy, also minus that of the commonest answer, "true"; and
+    how often a run gives that answer: where it hits and it is right, or neither."""
     experiment = read("label")
-    n = experiment["questions"]["boolq"]
-    is_true = bits(experiment["true"])[:n]
+    always_true = {"boolq": bits(experiment["true"])[None, :experiment["questions"]["boolq"]].astype(float)}
     rows = [["run", "is", "held-out loss (after steps)", "BoolQ", "minus always true", "says true"]]
-    for name, run in experiment["runs"].items():
-        hits = bits(run["hits"]["boolq"])[:n]
-        pair = hits.astype(float) - is_true
-        low, high = np.percentile(bootstrap(pair, np.random.default_rng(0)), [2.5, 97.5])
-        losses = ", ".join(f"{loss:.3f} ({step + 1:,})" for step, loss in run.get("validation", ()))
-        rows.append([f"label/{name}", experiment["is"][name], losses, f"{100 * hits.mean():.1f}",
-                     f"{100 * pair.mean():+.1f} ({span(low, high, 1)})", f"{100 * (hits == is_true).mean():.0f} %"])
+    for method, hits in hits_of(experiment).items():
+        validation = experiment["runs"][method].get("validation", ())
+        losses = ", ".join(f"{loss:.3f} ({step + 1:,})" for step, loss in validation)
+        rows.append([f"label/{method}", experiment["is"][method], losses, accuracy(hits["boolq"]), difference(hits, always_true),
+                     f"{100 * (hits['boolq'] == always_true['boolq']).mean():.0f} %"])
     return markdown(rows)
 
 
@@ -116,11 +113,6 @@ COMPARISONS = {  # what: ([(with, without), ...], level in percent)
 
 
 SEEDS = 5
-
-
-def complete(methods: dict[str, np.ndarray], pairs: list[tuple[str, str]]) -> bool:
-    """Whether all seeds of all that is compared have run."""
-    return all(len(methods.get(method, ())) == SEEDS for pair in pairs for method in pair)
 
 
 def paired(methods: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]]) -> list[np.ndarray]:
@@ -160,8 +152,6 @@ def results(name: str) -> str:
     for method, hits in methods.items():
         mean = np.mean([hits[task].mean(1) for task in hits], axis=0)
         is_base = method not in runs
-        if not is_base and len(mean) < SEEDS:
-            continue
         rows.append([f"{name}/{method}", experiment["is"][method], "" if is_base else f"{runs[method]['lr']:g}",
                      *[accuracy(hits[task]) for task in hits], accuracy(mean[:, None]),
                      "" if is_base else f"{losses[method].mean():.3f} ± {losses[method].std(ddof=1):.3f}",
@@ -172,20 +162,17 @@ def results(name: str) -> str:
 def comparisons() -> str:
     """The plan's comparisons 1 to 3."""
     rows = [["", "steps", "level", "accuracy, points", "over questions", "over seeds", "held-out loss, nats", "over seeds"]]
-    tasks, loss = {}, {}
-    for steps, (what, (pairs, level)) in [(400, item) for item in COMPARISONS.items()] + [(50, next(iter(COMPARISONS.items())))]:
-        experiment = read(f"cloze-{steps}")
+    tasks, loss, first = {}, {}, next(iter(COMPARISONS))
+    for what, steps in [*((what, 400) for what in COMPARISONS), (first, 50)]:
+        experiment, (pairs, _) = read(f"cloze-{steps}"), COMPARISONS[what]
         losses = by_method(experiment, lambda run: run.get("validation_loss", math.nan))
-        if complete(losses, pairs):
-            hits = {method: {task: 100 * of_task for task, of_task in of_method.items()}
-                    for method, of_method in hits_of(experiment).items()}
-            tasks[what, steps] = paired(hits, pairs)
-            loss[what, steps] = np.mean([losses[one] - losses[other] for one, other in pairs], axis=0)
-    first = next(iter(COMPARISONS))
-    if (first, 400) in tasks and (first, 50) in tasks:
-        growth = "3. its growth", "400 - 50"
-        tasks[growth] = [late - early for late, early in zip(tasks[first, 400], tasks[first, 50])]
-        loss[growth] = loss[first, 400] - loss[first, 50]
+        hits = {method: {task: 100 * of_task for task, of_task in of_method.items()}
+                for method, of_method in hits_of(experiment).items()}
+        tasks[what, steps] = paired(hits, pairs)
+        loss[what, steps] = np.mean([losses[one] - losses[other] for one, other in pairs], axis=0)
+    growth = "3. its growth", "400 - 50"
+    tasks[growth] = [late - early for late, early in zip(tasks[first, 400], tasks[first, 50])]
+    loss[growth] = loss[first, 400] - loss[first, 50]
     for what, steps in tasks:
         level = COMPARISONS.get(what, (None, 95))[1]
         rows.append([what, str(steps), f"{level} %", *estimate(tasks[what, steps], level, 2), f"{loss[what, steps].mean():+.4f}",
@@ -209,8 +196,6 @@ def knowledge() -> str:
     rows = [["", "level", "passages, nats a token", "other tasks' answers, nats a token", "other tasks' accuracy, points"]]
     tables = [({name: by_method(experiment, value) for name, value in groups.items()}, digits) for groups, digits in measures]
     for method, of_method in next(iter(tables[0][0].values())).items():
-        if method != "base" and len(of_method) < SEEDS:
-            continue
         cells = []
         for groups, digits in tables:
             value = np.mean([of_group[method].mean(1) for of_group in groups.values()], axis=0)
@@ -219,8 +204,6 @@ def knowledge() -> str:
                          f"{value.mean() - base:+.{digits - 1}f} ± {value.std(ddof=1):.{digits - 1}f}")
         rows.append([f"knowledge/{method}" + ("" if method == "base" else " - base"), "", *cells])
     for what, (pairs, level) in COMPARISONS.items():
-        if not complete(next(iter(tables[0][0].values())), pairs):
-            continue
         cells = []
         for groups, digits in tables:
             methods = {method: {name: of_group[method] for name, of_group in groups.items()}
@@ -263,13 +246,13 @@ def search(name: str, then: str = "") -> str:
     return markdown(rows)
 
 
-def story(name: str) -> str:
-    """What the gates of each run do."""
+def gates(name: str) -> str:
+    """What the gates of each run do, after training."""
     rows = [["run", "changed", "held-out loss", "mean gate on prompts", "on answers", "entropy, prompts", "closed, prompts",
              "open, prompts", "closed, answers", "open, answers", "between tokens, prompts"]]
     for run, facts in read(name)["runs"].items():
         prompt, answer = facts["gates"]["prompt"], facts["gates"]["answer"]
-        shares = [f"{100 * gates[side]:.0f} %" for gates in (prompt, answer) for side in ("below_0.05", "above_0.95")]
+        shares = [f"{100 * phase[side]:.0f} %" for phase in (prompt, answer) for side in ("below_0.05", "above_0.95")]
         between = f"{100 * prompt['between_tokens']:.0f} %" if "between_tokens" in prompt else ""
         rows.append([f"{name}/{run}", facts["changed"], f"{facts['validation_loss']:.3f}", f"{prompt['mean']:.2f}",
                      f"{answer['mean']:.2f}", f"{prompt['entropy_bits']:.2f}", *shares, between])
@@ -278,11 +261,11 @@ def story(name: str) -> str:
 
 def surprise() -> str:
     """Rank correlations of a token's mean gate with what the base makes of it."""
-    rows = [["rank correlation of a token's gate with the base's", "tokens"]]
+    columns = "its own loss", "the next token's loss", "the next token's entropy"
+    rows = [["rank correlation of a token's mean gate with the base's", "tokens", *columns]]
     for run, facts in read("long")["runs"].items():
         for side, values in facts.get("surprise", {}).items():
-            rows[0][2:] = values
-            cells = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in values.values()]
+            cells = ["{:+.2f} ({:+.2f} to {:+.2f})".format(*values[column]) for column in columns]
             rows.append([f"long/{run}", side, *cells])
     return markdown(rows)
 
@@ -309,7 +292,7 @@ def curves(experiment: dict, name: str) -> list[dict]:
 TABLES = {"cloze": lambda: accuracies("cloze"), "search": lambda: search("search", "cloze"),
           "cloze-400": lambda: results("cloze-400"), "cloze-50": lambda: results("cloze-50"), "comparisons": comparisons,
           "quarters": quarters, "rates": lambda: search("rates"), "knowledge": knowledge, "forgetting": forgetting,
-          "surprise": surprise, "label": label, "story": lambda: story("story"), "long": lambda: story("long")}
+          "surprise": surprise, "label": label, "story": lambda: gates("story"), "long": lambda: gates("long")}
 DRAWN = {"story": ("default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"),
          "long": ("50-steps", "400-steps", "lambda-1.5", "lambda-1.5-rising", "bias-minus-3-gate-lr-0.1",
                   "1600-steps")}
