@@ -36,10 +36,7 @@ def find_results(run: str, c) -> Path:
 
 
 def check_evaluated(runs: list[str], c) -> dict[str, Path]:
-    """{run: the directory of its results}. UserError names all that are no runs or have no
-    results, and how to get those."""
-    if nowhere := [run for run in dict.fromkeys(runs) if not Path(run).is_dir()]:
-        raise UserError(f"{', '.join(nowhere)}: no such directory; expected runs that eval.py has scored")
+    """{run: the directory of its results}. UserError names all runs without results, and how to get them."""
     found = {run: find_results(run, c) for run in dict.fromkeys(runs)}
     missing = [run for run, directory in found.items() if not (directory / "predictions.jsonl").exists()]
     if not missing:

@@ -480,8 +480,7 @@ def test_an_adapter_directory_is_scored_with_its_adapter(llama, tmp_path):
     (["--run", "x", "--gates", "--max-new-tokens", "3"], "--max-new-tokens with --gates: expected one of them"),
     (["--init", "x", "--prompt", "y", "--max-new-tokens", "-1"], "--max-new-tokens -1: expected 0 .32, or 256. or more"),
     (["--init", "x", "--out", __file__], "a file is there"),
-    (["--compare", "nowhere", str(SAMPLE)], "^nowhere: no such directory; expected runs"),
-    (["--compare", str(SAMPLE), str(SAMPLE.parent)], "sample, .*data: no results called best-cloze there; first"),
+    (["--compare", "nowhere", "x"], "nowhere, x: no results called best-cloze there; first"),
 ])
 def test_bad_input_is_one_clear_line(argv, message):
     with pytest.raises(UserError, match=message) as caught:
