@@ -101,6 +101,7 @@ def label() -> str:
 
 # ---------------------------------------------------------------------- what the plan in README.md asks, five seeds
 
+SEEDS = 5
 T = {95: 2.776, 99: 4.604}  # Student's t of four degrees of freedom, for five seeds
 PAIRS = [("lora-token", "lora"), ("dora-token", "dora"), ("gatera", "hira")]
 COMPARISONS = {  # what: ([(with, without), ...], level in percent)
@@ -111,8 +112,6 @@ COMPARISONS = {  # what: ([(with, without), ...], level in percent)
     "2. a static gate on HiRA": ([("hira-static", "hira")], 99),
     "2. the entropy term (GateRA - HiRA + token gate)": ([("gatera", "hira-token")], 99)}
 
-
-SEEDS = 5
 
 
 def paired(methods: dict[str, dict[str, np.ndarray]], pairs: list[tuple[str, str]]) -> list[np.ndarray]:
@@ -142,7 +141,7 @@ def span(low: float, high: float, digits: int) -> str:
 
 
 def results(name: str) -> str:
-    """Accuracies and held-out losses, mean and standard deviation, of what all seeds of have run."""
+    """Accuracies and held-out losses, mean and standard deviation over seeds."""
     experiment = read(name)
     methods, paper = hits_of(experiment), experiment.get("paper", {})
     runs = {run.split("/")[0]: facts["settings"] for run, facts in experiment["runs"].items() if "settings" in facts}
@@ -190,6 +189,7 @@ def knowledge() -> str:
         """Values of texts whose mean is the loss of a token, and spreads as it does from one choice of texts to another."""
         n, t = np.array(run[name]), tokens[name]
         return n.sum() / t.sum() + (n - n.sum() / t.sum() * t) / t.mean()
+
     measures = [({"passages": lambda run: nats(run, "passages")}, 4),
                 ({task: lambda run, task=task: nats(run, task) for task in tasks}, 4),
                 ({task: lambda run, task=task: 100.0 * bits(run["hits"][task])[:len(tokens[task])] for task in tasks}, 2)]
@@ -294,8 +294,7 @@ TABLES = {"cloze": lambda: accuracies("cloze"), "search": lambda: search("search
           "quarters": quarters, "rates": lambda: search("rates"), "knowledge": knowledge, "forgetting": forgetting,
           "surprise": surprise, "label": label, "story": lambda: gates("story"), "long": lambda: gates("long")}
 DRAWN = {"story": ("default", "lambda-0", "lambda-1", "lambda-1-rising", "bias-minus-3", "bias-3", "gate-lr-0.1", "200-steps"),
-         "long": ("50-steps", "400-steps", "lambda-1.5", "lambda-1.5-rising", "bias-minus-3-gate-lr-0.1",
-                  "1600-steps")}
+         "long": ("50-steps", "400-steps", "lambda-1.5", "lambda-1.5-rising", "bias-minus-3-gate-lr-0.1", "1600-steps")}
 
 
 if __name__ == "__main__":
